@@ -1,0 +1,125 @@
+"""The tree of commands. The context object of every command is the `Session` of this run."""
+
+from __future__ import annotations
+
+from typing import Annotated, Optional
+
+import typer
+
+from simsr import __version__
+from simsr.cli.client import DEFAULT_SOCKET, Client, Session, checked_text
+from simsr.cli.disks import Name, Sr, Vdi, clone, revert, snapshot, vdi_commands
+from simsr.cli.repositories import sr_commands
+from simsr.units import parse_size
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="simsr",
+    help="Manage the disks of a simsrd daemon.",
+    epilog="An object is named by its uuid, a unique prefix of it, or its name.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(sr_commands, name="sr")
+app.add_typer(vdi_commands, name="vdi")
+app.command("snapshot")(snapshot)
+app.command("clone")(clone)
+app.command("revert")(revert)
+
+Format = Annotated[Optional[str], typer.Option("--format", metavar="FORMAT", help="As qemu-img names it: raw, qcow2, vpc, ...")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"simsr {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    context: typer.Context,
+    socket: Annotated[
+        str, typer.Option("--socket", envvar="SIMSR_SOCKET", metavar="PATH", help="The daemon's control socket.")
+    ] = DEFAULT_SOCKET,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Manage the disks of a simsrd daemon."""
+    session: Session = context.obj
+    session.client.socket, session.debug = socket, debug
+    context.call_on_close(session.client.close)
+
+
+@app.command("import")
+def import_command(
+    context: typer.Context,
+    file: Annotated[str, typer.Argument(metavar="FILE", help="An image in any format that qemu-img reads.")],
+    name: Name = None,
+    sr: Sr = None,
+    image_format: Format = None,
+    allow_backing: Annotated[
+        bool, typer.Option("--allow-backing", help="Let the image read other files: backing file, extents.")
+    ] = False,
+) -> None:
+    """Copy an image file into a new VDI.
+
+    Prints the uuid. A VDI whose import does not finish is deleted again.
+    """
+    from simsr.cli.transfer import import_image
+
+    client: Client = context.obj.client
+    checked_name = None if name is None else checked_text("name", name)
+    checked_sr = None if sr is None else checked_text("SR", sr)
+    print(
+        import_image(
+            client, file, name=checked_name, sr=checked_sr, image_format=image_format, allow_other_files=allow_backing
+        )
+    )
+
+
+@app.command("export")
+def export_command(
+    context: typer.Context,
+    vdi: Vdi,
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Ending in .raw .img .qcow2 .vhd .vmdk .vhdx .vdi")],
+    image_format: Format = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace FILE if it exists.")] = False,
+) -> None:
+    """Copy a VDI or snapshot into an image file.
+
+    The ending of FILE says the format.
+    """
+    from simsr.cli.transfer import export_image
+
+    client: Client = context.obj.client
+    export_image(client, vdi, file, image_format=image_format, force=force)
+
+
+@app.command(
+    "run",
+    options_metavar="--size SIZE [--root DIR] -- CMD ...",
+    context_settings={"allow_interspersed_args": False, "allow_extra_args": True},
+)
+def run_command(
+    context: typer.Context,
+    size: Annotated[str, typer.Option("--size", metavar="SIZE", help="Size of the VDI, such as 1GiB.")],
+    root: Annotated[
+        Optional[str], typer.Option("--root", metavar="DIR", help="Keep the store here; else it is temporary.")
+    ] = None,
+) -> None:
+    """Run a command beside a VDI of its own.
+
+    A daemon is started and a VDI created; both are gone when CMD has ended, and its exit status is ours. CMD finds the NBD URI in $uri, the uuid in $vdi and the daemon in $SIMSR_SOCKET; {uri} in its arguments is
+    replaced by the URI.
+    """
+    from simsr.cli.captive import run_captive
+
+    if not context.args:
+        raise typer.BadParameter("no command to run; write it behind --", context)
+    session: Session = context.obj
+    raise typer.Exit(run_captive(context.args, size_bytes=parse_size(size), root=root, debug=session.debug))

@@ -1,0 +1,155 @@
+"""The HTTP API of simsrd, seen from the command line.
+
+One `Client` per run; httpx is imported and the socket opened at the first request, so that help and usage errors stay
+quick. An error body of the daemon becomes a `DaemonAnswer` with the daemon's own message, hint and exit status;
+whatever keeps an answer from arriving becomes `DaemonUnreachable`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from simsr.cli.failures import DaemonAnswer
+from simsr.errors import BadRequest, DaemonUnreachable, NotFound
+
+if TYPE_CHECKING:
+    import httpx
+
+__all__ = ["Client", "Session", "DEFAULT_SOCKET", "checked_text"]
+
+DEFAULT_SOCKET = "/run/simsr/control.sock"
+
+CONNECT_TIMEOUT_S = 5.0
+ANSWER_TIMEOUT_S = 120.0  # creating an SR writes its first segments in advance, which a slow disk may take long over
+
+_ERRNO_PREFIX = re.compile(r"^\[Errno (-?\d+)\] ")
+_REASONS = {
+    "2": "there is no such socket",
+    "13": "permission denied",
+    "111": "nobody listens on it",
+}
+
+
+def checked_text(what: str, text: str) -> str:
+    """Return ``text`` if JSON and URLs can carry it; arguments that are not UTF-8 arrive with lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadRequest(what=f"{what} {text!r}", reason="it is not UTF-8") from None
+    return text
+
+
+class Client:
+    """Requests to one daemon.
+
+    Requests: `get`, `post`, `delete`. Paths: `sr_path`, `vdi_path`.
+    """
+
+    def __init__(self, socket: str) -> None:
+        self.socket = socket
+        self._http: httpx.Client | None = None
+
+    def close(self) -> None:
+        """Close the connection; the client can be used again afterwards."""
+        if self._http is not None:
+            self._http.close()
+            self._http = None
+
+    @staticmethod
+    def sr_path(name: str, *rest: str) -> str:
+        """Return the path of the SR that ``name`` names (uuid, unique prefix or name)."""
+        return _object_path("srs", "SR", name, rest)
+
+    @staticmethod
+    def vdi_path(name: str, *rest: str) -> str:
+        """Return the path of the VDI that ``name`` names (uuid, unique prefix or name)."""
+        return _object_path("vdis", "VDI", name, rest)
+
+    def get(self, path: str, **query: str) -> Any:
+        """Return the answer to GET ``path``."""
+        return self._request("GET", path, params=query)
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        """Return the answer to POST ``path``; members of ``body`` that are None are left out."""
+        return self._request("POST", path, json={key: value for key, value in body.items() if value is not None})
+
+    def delete(self, path: str) -> None:
+        """Send DELETE ``path``."""
+        self._request("DELETE", path)
+
+    def _request(self, method: str, path: str, **content: Any) -> Any:
+        import httpx
+
+        try:
+            response = self._connected().request(method, path, **content)
+        except httpx.TimeoutException:
+            raise DaemonUnreachable(socket=self.socket, reason="it does not answer") from None
+        except httpx.RemoteProtocolError:
+            raise DaemonUnreachable(socket=self.socket, reason="the answer broke off or was not HTTP") from None
+        except (httpx.TransportError, OSError) as error:
+            raise DaemonUnreachable(socket=self.socket, reason=_reason(error)) from None
+        if response.status_code == httpx.codes.NO_CONTENT:
+            return None
+        try:
+            answer = response.json()
+        except ValueError:
+            raise DaemonUnreachable(
+                socket=self.socket, reason=f"status {response.status_code} without JSON, so it is no simsrd"
+            ) from None
+        if response.is_success:
+            return answer
+        raise _remote_error(answer, response.status_code, f"{method} {path}")
+
+    def _connected(self) -> httpx.Client:
+        if self._http is None:
+            import httpx
+
+            self._http = httpx.Client(
+                # No TLS on a unix socket; verify=False spares loading the certificates of the web, 30 ms.
+                transport=httpx.HTTPTransport(uds=self.socket, verify=False),
+                base_url="http://simsrd",
+                timeout=httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
+                trust_env=False,
+            )
+        return self._http
+
+
+@dataclass
+class Session:
+    """What the options before the command say; every command finds it as its context object."""
+
+    client: Client = field(default_factory=lambda: Client(DEFAULT_SOCKET))
+    debug: bool = False
+
+
+def _object_path(collection: str, kind: str, name: str, rest: tuple[str, ...]) -> str:
+    if not name:
+        raise NotFound(kind=kind, name=name)
+    # "." and ".." would be taken for steps in the path if they stood there bare.
+    encoded = quote(checked_text(f"{kind} name", name), safe="")
+    encoded = encoded.replace(".", "%2E") if set(name) == {"."} else encoded
+    return "/".join(("/v1", collection, encoded, *rest))
+
+
+def _reason(error: Exception) -> str:
+    """Return why the socket could not be used, in words."""
+    text = str(error) or type(error).__name__
+    found = _ERRNO_PREFIX.match(text)
+    return _REASONS.get(found[1], text[found.end() :]) if found else text
+
+
+def _remote_error(answer: Any, status: int, request: str) -> DaemonAnswer:
+    body = answer.get("error") if isinstance(answer, dict) else None
+    if not isinstance(body, dict) or "message" not in body:
+        body = {"code": "SimsrError", "message": f"simsrd answered {request} with status {status}"}
+    details = body.get("details")
+    return DaemonAnswer(
+        code=str(body.get("code", "SimsrError")),
+        message=str(body["message"]),
+        hint=str(body.get("hint") or ""),
+        exit_code=int(body.get("exit_code") or 1),
+        details=details if isinstance(details, dict) else {},
+    )

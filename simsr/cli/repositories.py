@@ -1,0 +1,106 @@
+"""The commands about SRs."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Optional
+
+import typer
+
+from simsr.cli.client import Client, checked_text
+from simsr.cli.failures import NameNeeded, NoSr
+from simsr.cli.output import print_fields, print_json, print_table, say, size_and_bytes
+from simsr.units import format_size
+
+__all__ = ["sr_commands"]
+
+sr_commands = typer.Typer(help="Create, list, show and delete SRs.")
+
+SrName = Annotated[str, typer.Argument(metavar="SR", help="Uuid, unique prefix of it, or name.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON as the API gives it.")]
+
+
+@sr_commands.command("create")
+def create(
+    context: typer.Context, name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the new SR.")]
+) -> None:
+    """Create an SR and print its uuid."""
+    client: Client = context.obj.client
+    print(client.post("/v1/srs", {"name": checked_text("name", name)})["uuid"])
+
+
+@sr_commands.command("list")
+def list_srs(context: typer.Context, as_json: Json = False) -> None:
+    """List the SRs of the daemon."""
+    client: Client = context.obj.client
+    repositories = client.get("/v1/srs")
+    if as_json:
+        return print_json(repositories)
+    rows = [
+        (
+            sr["uuid"],
+            sr["name"],
+            sr["vdi_count"],
+            sr["snapshot_count"],
+            format_size(sr["virtual_allocation_bytes"]),
+            format_size(sr["physical_utilisation_bytes"]),
+            format_size(sr["physical_size_bytes"]),
+        )
+        for sr in repositories
+    ]
+    headings = ("UUID", "NAME", "VDIS", "SNAPSHOTS", "VIRTUAL", "USED", "SIZE")
+    print_table(headings, rows, right="VDIS SNAPSHOTS VIRTUAL USED SIZE")
+
+
+@sr_commands.command("status")
+def status(
+    context: typer.Context,
+    sr: Annotated[Optional[str], typer.Argument(metavar="[SR]", help="May be left out if there is only one.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show everything about one SR."""
+    client: Client = context.obj.client
+    found = client.get(client.sr_path(sr)) if sr is not None else _only_sr(client)
+    if as_json:
+        return print_json(found)
+    fields = [
+        ("uuid", found["uuid"]),
+        ("name", found["name"]),
+        ("description", found["description"]),
+        ("path", found["path"]),
+        ("size", size_and_bytes(found["physical_size_bytes"])),
+        ("used", size_and_bytes(found["physical_utilisation_bytes"])),
+        ("virtual", size_and_bytes(found["virtual_allocation_bytes"])),
+        ("vdis", found["vdi_count"]),
+        ("snapshots", found["snapshot_count"]),
+    ]
+    fields += [(f"sm_config {key}", value) for key, value in sorted(found["sm_config"].items())]
+    fields += [(key, value) for key, value in _flat(found["statistics"])]
+    print_fields(fields)
+
+
+@sr_commands.command("delete")
+def delete(context: typer.Context, sr: SrName) -> None:
+    """Delete an SR that holds no VDIs any more."""
+    client: Client = context.obj.client
+    found = client.get(client.sr_path(sr))
+    client.delete(client.sr_path(found["uuid"]))
+    say(f"SR {found['uuid']} ({found['name']}) is deleted.")
+
+
+def _only_sr(client: Client) -> Any:
+    repositories = client.get("/v1/srs")
+    if len(repositories) == 1:
+        return repositories[0]
+    if not repositories:
+        raise NoSr
+    raise NameNeeded(
+        what="sr status", count=len(repositories), names=", ".join(sr["name"] or sr["uuid"] for sr in repositories)
+    )
+
+
+def _flat(statistics: dict[str, Any], prefix: str = "") -> list[tuple[str, object]]:
+    """Return nested counters as (dotted name, value) pairs."""
+    pairs: list[tuple[str, object]] = []
+    for key, value in statistics.items():
+        pairs += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+    return pairs

@@ -1,0 +1,273 @@
+"""The one hierarchy of errors that simsr reports to its users.
+
+The docstring of a class is its message template; keyword arguments fill it in and stay available as
+``details``. Class attributes say how each face of simsr shows the error: the exit status of the command line,
+the errno of an NBD reply, the fault number of a SMAPIv1 answer (``spec: sm's error table``), the XenAPI code and
+the HTTP status. ``hint`` tells the reader what to do next.
+
+Fault 38 means "not supported, nothing was touched" and only that: xapi answers it by destroying the disk and
+cloning the snapshot, so no run-time failure may ever carry it.
+"""
+
+from __future__ import annotations
+
+import errno
+
+__all__ = [
+    "SimsrError",
+    "BadRequest",
+    "BadSize",
+    "NotFound",
+    "Ambiguous",
+    "SrExists",
+    "SrNotEmpty",
+    "SrInUse",
+    "VdiExists",
+    "VdiInUse",
+    "VdiReadOnly",
+    "NotASnapshot",
+    "SnapshotOfOther",
+    "ShrinkRefused",
+    "Unsupported",
+    "NoSpace",
+    "StoreError",
+    "StoreDamaged",
+    "StoreFormat",
+    "StoreLocked",
+    "StoreStopped",
+    "BlockDamaged",
+    "DaemonUnreachable",
+]
+
+
+class SimsrError(Exception):
+    """simsr failed: {reason}"""
+
+    exit_code = 1
+    nbd_errno = errno.EIO
+    sm_fault = 202
+    xenapi_code = "SR_BACKEND_FAILURE_202"
+    http_status = 500
+    hint = ""
+
+    def __init__(self, **details: object) -> None:
+        self.details = details
+        message = " ".join((type(self).__doc__ or "").split())
+        super().__init__(message.format(**details))
+
+    @property
+    def code(self) -> str:
+        """The class name, which is the stable name of the error in JSON answers."""
+        return type(self).__name__
+
+
+class BadRequest(SimsrError):
+    """{what} is not valid: {reason}"""
+
+    exit_code = 2
+    nbd_errno = errno.EINVAL
+    sm_fault = 1
+    xenapi_code = "SR_BACKEND_FAILURE_1"
+    http_status = 400
+
+
+class BadSize(BadRequest):
+    """size {size!r} is not valid: {reason}"""
+
+    sm_fault = 79
+    xenapi_code = "SR_BACKEND_FAILURE_79"
+    hint = "Give a size such as 10GiB, 512MiB or a number of bytes."
+
+
+class NotFound(SimsrError):
+    """no {kind} is called {name!r}"""
+
+    exit_code = 10
+    nbd_errno = errno.ENOENT
+    sm_fault = 144
+    xenapi_code = "VDI_MISSING"
+    http_status = 404
+    hint = "List what there is with 'simsr vdi list' or 'simsr sr list'."
+
+
+class Ambiguous(SimsrError):
+    """{name!r} can mean more than one {kind}: {candidates}"""
+
+    exit_code = 11
+    nbd_errno = errno.ENOENT
+    sm_fault = 1
+    xenapi_code = "SR_BACKEND_FAILURE_1"
+    http_status = 409
+    hint = "Use the uuid, or more of it."
+
+
+class SrExists(SimsrError):
+    """SR {name!r} exists already"""
+
+    exit_code = 12
+    nbd_errno = errno.EEXIST
+    sm_fault = 42
+    xenapi_code = "SR_BACKEND_FAILURE_42"
+    http_status = 409
+    hint = "Choose another name or uuid, or use the SR that is there."
+
+
+class SrNotEmpty(SimsrError):
+    """SR {name!r} still holds {count} VDIs"""
+
+    exit_code = 13
+    nbd_errno = errno.EBUSY
+    sm_fault = 39
+    xenapi_code = "SR_NOT_EMPTY"
+    http_status = 409
+    hint = "Delete its VDIs first."
+
+
+class SrInUse(SimsrError):
+    """SR {name!r} is in use: {by}"""
+
+    exit_code = 14
+    nbd_errno = errno.EBUSY
+    sm_fault = 16
+    xenapi_code = "SR_DEVICE_IN_USE"
+    http_status = 409
+    hint = "Detach its VDIs first."
+
+
+class VdiExists(SimsrError):
+    """VDI {uuid} exists already"""
+
+    exit_code = 15
+    nbd_errno = errno.EEXIST
+    sm_fault = 43
+    xenapi_code = "SR_BACKEND_FAILURE_43"
+    http_status = 409
+    hint = "Leave the uuid out to get a fresh one."
+
+
+class VdiInUse(SimsrError):
+    """cannot {operation} VDI {uuid}: attached by {by}"""
+
+    exit_code = 16
+    nbd_errno = errno.EBUSY
+    sm_fault = 24
+    xenapi_code = "VDI_IN_USE"
+    http_status = 409
+    hint = "Detach it (disconnect its NBD clients) and try again."
+
+
+class VdiReadOnly(SimsrError):
+    """VDI {uuid} is read-only"""
+
+    exit_code = 17
+    nbd_errno = errno.EPERM
+    sm_fault = 46
+    xenapi_code = "SR_BACKEND_FAILURE_46"
+    http_status = 409
+    hint = "Clone it to get a disk that can be written."
+
+
+class NotASnapshot(SimsrError):
+    """VDI {uuid} is not a snapshot"""
+
+    exit_code = 18
+    nbd_errno = errno.EINVAL
+    sm_fault = 1
+    xenapi_code = "REVERT_ONLY_ALLOWED_ON_SNAPSHOT"
+    http_status = 409
+    hint = "Name the snapshot to go back to; the disk is the one it was taken of."
+
+
+class SnapshotOfOther(SimsrError):
+    """VDI {snapshot} is a snapshot of {origin}, not of {target}"""
+
+    exit_code = 19
+    nbd_errno = errno.EINVAL
+    sm_fault = 1
+    xenapi_code = "SR_BACKEND_FAILURE_1"
+    http_status = 409
+    hint = "Revert the disk that the snapshot was taken of, or clone the snapshot."
+
+
+class ShrinkRefused(BadSize):
+    """cannot shrink VDI {uuid} from {old_bytes} to {size} bytes"""
+
+    exit_code = 20
+    http_status = 409
+    hint = "Disks only grow. Create a smaller disk and copy what you need."
+
+
+class Unsupported(SimsrError):
+    """{operation} is not supported: {reason}"""
+
+    exit_code = 21
+    nbd_errno = errno.ENOTSUP
+    sm_fault = 38
+    xenapi_code = "SR_OPERATION_NOT_SUPPORTED"
+    http_status = 501
+
+
+class NoSpace(SimsrError):
+    """SR {name!r} has no space left: {reason}"""
+
+    exit_code = 22
+    nbd_errno = errno.ENOSPC
+    sm_fault = 44
+    xenapi_code = "SR_BACKEND_FAILURE_44"
+    http_status = 507
+    hint = "Delete VDIs or snapshots, or give the host's file system more room."
+
+
+class StoreError(SimsrError):
+    """store {path}: {reason}"""
+
+    exit_code = 30
+    sm_fault = 200
+    xenapi_code = "SR_BACKEND_FAILURE_200"
+
+
+class StoreDamaged(StoreError):
+    """store {path} is damaged: {reason}"""
+
+    exit_code = 31
+    hint = "Nothing was changed. Restore the file from a copy; later data is still in the segments after it."
+
+
+class StoreFormat(StoreError):
+    """store {path}: {reason}"""
+
+    exit_code = 32
+    hint = "Use the simsr version that wrote it, or create a new SR."
+
+
+class StoreLocked(StoreError):
+    """store {path} is in use by another process"""
+
+    exit_code = 33
+    sm_fault = 37
+    http_status = 409
+    hint = "Stop the other simsrd, or give this one another --root."
+
+
+class StoreStopped(StoreError):
+    """store {path} has stopped after an I/O error: {reason}"""
+
+    exit_code = 34
+    hint = "See to the disk below it, then restart simsrd; everything flushed before the error is safe."
+
+
+class BlockDamaged(StoreError):
+    """store {path}: block at byte {offset_bytes} of volume {volume} fails its checksum
+    (segment {segment}, offset {segment_offset})"""
+
+    exit_code = 35
+
+
+class DaemonUnreachable(SimsrError):
+    """simsrd cannot be reached at {socket}: {reason}"""
+
+    exit_code = 4
+    sm_fault = 47
+    xenapi_code = "SR_BACKEND_FAILURE_47"
+    http_status = 503
+    hint = "Start it with 'simsrd --root DIR', or name its socket in SIMSR_SOCKET."

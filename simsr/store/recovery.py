@@ -1,0 +1,138 @@
+"""Recovery: find the end of the log, and tell a torn tail from damage.
+
+Starting at the position of the checkpoint, records are followed as long as they are valid: right salt, right sequence
+number, checksum of the predecessor, own checksum. Where that ends, one question decides: had anything from there on been
+flushed? Every valid record and segment header says how far the log was durable when it was written, so all that can still
+be read behind the end is searched for the highest ``durable_seq``.
+
+* Nothing from there on had been flushed: it is the torn tail of a crash. It is dropped, as the durability contract allows.
+* Something had: the disk lost what it had promised to keep. The store refuses to open, names segment and offset, and
+  changes nothing.
+
+Records after ``durable_seq`` count only if their data blocks are there too, by checksum: after a power cut a record may
+have reached the disk without its data. The result is always a prefix of the log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from crc32c import crc32c
+
+from simsr.errors import StoreDamaged
+from simsr.store import layout
+from simsr.store.layout import BLOCK, Record, SegmentHeader, Super
+from simsr.store.log import Position
+from simsr.store.segments import Segment, segment_name
+
+__all__ = ["Tail", "find_tail"]
+
+
+@dataclass
+class Tail:
+    """The records to replay, in order, each with its segment; and what was dropped behind them."""
+
+    records: list[tuple[Segment, Record]]
+    end: Position  # where the log goes on: in a fresh segment
+    dropped_records: int
+
+
+class _Scan:
+    """One segment of the log, read into memory."""
+
+    def __init__(self, segment: Segment, header: SegmentHeader, uuid: bytes, area_bytes: int) -> None:
+        self.segment, self.header = segment, header
+        self.salt = layout.salt_of(uuid, header.log_index)
+        self.area = memoryview(bytearray(area_bytes))
+        segment.file.pread(self.area, 0)
+
+    def follow(self, offset: int, seq: int, prev_crc: int) -> Iterator[tuple[int, Record]]:
+        """The chain of valid records from ``offset`` on; ``seq`` and ``prev_crc`` belong to the record before it."""
+        while record := layout.unpack_record(self.area, offset, self.salt):
+            if record.seq != seq + 1 or record.prev_crc != prev_crc:
+                return
+            yield offset, record
+            offset, seq, prev_crc = offset + record.size, record.seq, record.crc
+
+    def search(self, offset: int) -> Iterator[Record]:
+        """Every valid record from ``offset`` on, wherever it stands."""
+        needle = self.salt.to_bytes(4, "little")
+        data = self.area.obj
+        position = data.find(needle, offset)
+        while position >= 0:
+            start = position - 28
+            if start >= offset and start % layout.RECORD_UNIT == 0:
+                record = layout.unpack_record(self.area, start, self.salt)
+                if record is not None:
+                    yield record
+            position = data.find(needle, position + 1)
+
+
+def _log_segments(found: list[tuple[Segment, bytes]], block: Super, path: str) -> list[tuple[Segment, SegmentHeader]]:
+    """The segments from the checkpoint on, in log order. A header that is neither blank nor valid is damage."""
+    segments = []
+    for segment, data in found:
+        header = SegmentHeader.unpack(data)
+        if header is None or header.uuid != block.uuid:
+            if any(data):
+                raise StoreDamaged(
+                    path=path, reason=f"the header of {segment_name(segment.slot)} (offset 0) is not valid"
+                )
+        else:
+            segment.log_index, segment.first_seq = header.log_index, header.first_seq
+            if header.log_index >= block.log_index:
+                segments.append((segment, header))
+    return sorted(segments, key=lambda item: item[1].log_index)
+
+
+def find_tail(found: list[tuple[Segment, bytes]], block: Super, path: str) -> Tail:
+    """Return what has to be replayed after the checkpoint of ``block``. Raises `StoreDamaged`; changes nothing."""
+    area_bytes = block.geometry.record_area_bytes
+    scans = [_Scan(segment, header, block.uuid, area_bytes) for segment, header in _log_segments(found, block, path)]
+    records: list[tuple[Segment, int, Record]] = []
+    seq, prev_crc, offset = block.seq, block.prev_crc, block.record_offset
+    log_index, end_scan = block.log_index, None
+    for scan in scans:
+        header = scan.header
+        fresh = header.log_index != block.log_index or block.record_offset == layout.HEADER_BYTES
+        if header.log_index != log_index or (fresh and (header.first_seq != seq + 1 or header.prev_crc != prev_crc)):
+            break
+        end_scan = scan
+        for offset, record in scan.follow(offset, seq, prev_crc):
+            records.append((scan.segment, offset, record))
+            seq, prev_crc, offset = record.seq, record.crc, offset + record.size
+        log_index, end_offset, offset = log_index + 1, offset, layout.HEADER_BYTES
+    durable_seq = max([block.seq, *(scan.header.durable_seq for scan in scans), *(r.durable_seq for *_, r in records)])
+    dropped = 0
+    behind = scans[scans.index(end_scan) :] if end_scan else scans
+    for scan in behind:
+        for record in scan.search(end_offset if scan is end_scan else layout.HEADER_BYTES):
+            if record.seq > seq:
+                dropped += 1
+                durable_seq = max(durable_seq, record.durable_seq)
+    if durable_seq > seq:
+        where = f"{segment_name(end_scan.segment.slot)} at offset {end_offset}" if end_scan else "the log after the checkpoint"
+        raise StoreDamaged(
+            path=path, reason=f"{where}: record {seq + 1} is not valid, but records up to {durable_seq} had been flushed"
+        )
+    kept = _with_data(records, durable_seq)
+    dropped += len(records) - len(kept)
+    last_index = max([block.log_index - 1, *(scan.header.log_index for scan in scans)])
+    last_seq, last_crc = (kept[-1][1].seq, kept[-1][1].crc) if kept else (block.seq, block.prev_crc)
+    return Tail(kept, Position(last_seq, last_index + 1, layout.HEADER_BYTES, last_crc), dropped)
+
+
+def _with_data(records: list[tuple[Segment, int, Record]], durable_seq: int) -> list[tuple[Segment, Record]]:
+    """The records up to the first one behind ``durable_seq`` whose data blocks are not on the disk."""
+    kept = []
+    for segment, _, record in records:
+        if record.seq > durable_seq and record.kind == layout.EXTENTS:
+            _, crcs = layout.unpack_extents(record.payload)
+            data = memoryview(bytearray(len(crcs) * BLOCK))
+            if crcs:
+                segment.file.pread(data, record.data_block * BLOCK)
+            if any(crc32c(data[i * BLOCK : (i + 1) * BLOCK]) != crc for i, crc in enumerate(crcs)):
+                break
+        kept.append((segment, record))
+    return kept

@@ -1,0 +1,211 @@
+"""Segments: files of one size that the log fills one after the other, again and again.
+
+A segment file starts with its record area (header, then records) and goes on with blocks of data. Its life:
+
+    absent -> spare -> active -> sealed -> dead (no slot of any map names it) -> spare -> active ...
+
+Files are written through once when they are made and then used for ever: never unlinked, never truncated. First touch
+of fresh memory and of unwritten extents is what makes a growing log slow (research/performance.md 5), so a dead
+segment is preferred to a new file, and the most recently used of them first, because its pages are in memory.
+
+A dead segment may be used again only after a checkpoint that was begun after it died is durable (until then replay may
+need its records, and a power cut may bring its blocks back to life) and when no reader holds a pin on it.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+from enum import Enum
+
+from simsr.errors import NoSpace, StoreDamaged
+from simsr.store.extent_map import Usage
+from simsr.store.files import Area, Directory, File
+from simsr.store.layout import Geometry, SegmentHeader, salt_of
+
+__all__ = ["State", "Segment", "SegmentPool", "segment_name"]
+
+_NAME = re.compile(r"seg-(\d{8})")
+
+
+def segment_name(slot: int) -> str:
+    return f"seg-{slot:08d}"
+
+
+class State(Enum):
+    SPARE = "spare"
+    ACTIVE = "active"
+    SEALED = "sealed"
+    DEAD = "dead"
+
+
+class Segment:
+    """One segment file and, while it is in use, its place in the log."""
+
+    __slots__ = (
+        "slot", "file", "state", "area", "log_index", "salt", "first_seq", "last_seq", "used_blocks", "record_end", "pins",
+    )  # fmt: skip
+
+    def __init__(self, slot: int, file: File) -> None:
+        self.slot = slot
+        self.file = file
+        self.state = State.SPARE
+        self.area: Area | None = None
+        self.log_index = self.salt = self.first_seq = self.last_seq = 0
+        self.used_blocks = self.record_end = 0
+        self.pins = 0  # reads under way in worker threads
+
+    def __repr__(self) -> str:
+        return f"<segment {self.slot} {self.state.value} log index {self.log_index} seq {self.first_seq}-{self.last_seq}>"
+
+
+class SegmentPool:
+    """All segments of a store. ``by_slot[0]`` stays None: physical block 0 means a hole."""
+
+    def __init__(self, directory: Directory, geometry: Geometry, uuid: bytes, usage: Usage) -> None:
+        self._directory = directory
+        self.geometry = geometry
+        self._uuid = uuid
+        self._usage = usage
+        self.by_slot: list[Segment | None] = [None]
+        self.spares: list[Segment] = []
+        self._condemned: list[Segment] = []  # dead and past their checkpoint, but pinned
+        self._making: set[int] = set()
+
+    def adopt(self) -> list[tuple[Segment, bytes]]:
+        """Open the segment files that are there; returns each with its header bytes. Used once, by recovery."""
+        found = []
+        for name in self._directory.names():
+            if match := _NAME.fullmatch(name):
+                slot = int(match[1])
+                file = self._directory.open(name)
+                if file.size_bytes != self.geometry.segment_bytes:  # its making was cut short: it was never used
+                    file.close()
+                    self._directory.remove(name)
+                    continue
+                while len(self.by_slot) <= slot:
+                    self.by_slot.append(None)
+                self._usage.reserve(slot)
+                segment = self.by_slot[slot] = Segment(slot, file)
+                header = bytearray(64)
+                file.pread(memoryview(header), 0)
+                found.append((segment, bytes(header)))
+        return found
+
+    # Spares: made in a worker thread (`make_file`), handed over on the store's thread (`add`).
+
+    def next_slot(self) -> int:
+        """Reserve the number of a segment that is about to be made."""
+        free = (slot for slot, s in enumerate(self.by_slot) if slot and s is None and slot not in self._making)
+        slot = next(free, len(self.by_slot))
+        if slot == len(self.by_slot):
+            self.by_slot.append(None)
+        if slot << self.geometry.segment_shift > 0xFFFFFFFF - self.geometry.segment_blocks:
+            raise NoSpace(name=self._directory.path, reason="the store has as many segments as it can number")
+        self._making.add(slot)
+        return slot
+
+    def make_file(self, slot: int) -> File:
+        """Create and write through the file of segment ``slot``. Blocks; touches nothing but the file."""
+        try:
+            file = self._directory.create(segment_name(slot), self.geometry.segment_bytes)
+            self._directory.sync()
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise NoSpace(name=self._directory.path, reason=f"cannot make a segment file: {error.strerror}") from error
+            raise
+        return file
+
+    def add(self, slot: int, file: File | None) -> None:
+        """Take over what `make_file` made (None: it failed, the number is free again)."""
+        self._making.remove(slot)
+        if file is not None:
+            self._usage.reserve(slot)
+            segment = self.by_slot[slot] = Segment(slot, file)
+            self.spares.insert(0, segment)
+
+    @property
+    def wanted(self) -> int:
+        """How many spares should be made now: two more than none, and a few more when the store is large."""
+        in_use = len(self.by_slot) - 1 - len(self.spares) - len(self._making)
+        target = min(8, 3 + in_use // 8)
+        return max(0, target - len(self.spares) - len(self._making))
+
+    # The log.
+
+    def make_one(self) -> None:
+        """Make a spare here and now. Blocks."""
+        slot = self.next_slot()
+        file = None
+        try:
+            file = self.make_file(slot)
+        finally:
+            self.add(slot, file)
+
+    def activate(self, log_index: int, first_seq: int, durable_seq: int, prev_crc: int, keep: int) -> Segment:
+        """Turn a spare into the active segment; ``keep`` more must be left. Makes them on the spot if they are missing."""
+        while len(self.spares) <= keep:
+            self.make_one()
+        segment = self.spares.pop()
+        header = SegmentHeader(self._uuid, log_index, first_seq, durable_seq, prev_crc).pack()
+        segment.state = State.ACTIVE
+        segment.log_index, segment.salt = log_index, salt_of(self._uuid, log_index)
+        segment.first_seq, segment.last_seq = first_seq, first_seq - 1
+        segment.used_blocks = self.geometry.record_blocks
+        segment.area = segment.file.area(0, self.geometry.record_area_bytes)
+        segment.area.write(0, header)
+        segment.record_end = len(header)
+        return segment
+
+    def seal(self, segment: Segment) -> None:
+        segment.state = State.SEALED
+        segment.area.close()
+        segment.area = None
+
+    def dead(self) -> list[Segment]:
+        """The sealed segments that no map names. O(segments)."""
+        live = self._usage.live
+        return [s for s in self.by_slot if s is not None and s.state is State.SEALED and not live[s.slot]]
+
+    def recycle(self, dead: list[Segment]) -> None:
+        """Make spares of ``dead``, which a durable checkpoint has left behind; those with readers follow later."""
+        waiting = self._condemned + dead
+        self._condemned = [segment for segment in waiting if segment.pins]
+        for segment in waiting:
+            segment.state = State.DEAD if segment.pins else State.SPARE
+            if not segment.pins:
+                self.spares.append(segment)
+
+    def statistics(self) -> dict[str, int]:
+        segments = [segment for segment in self.by_slot if segment is not None]
+        return {
+            "segments": len(segments),
+            "segments_spare": len(self.spares),
+            "segments_sealed": sum(segment.state is State.SEALED for segment in segments),
+            "segment_bytes": self.geometry.segment_bytes,
+        }
+
+    def close(self) -> None:
+        for segment in self.by_slot:
+            if segment is not None:
+                if segment.area is not None:
+                    segment.area.close()
+                    segment.area = None
+                segment.file.close()
+
+    def _check(self) -> None:
+        live = self._usage.live
+        assert len({s.slot for s in self.spares}) == len(self.spares), "a spare is listed twice"
+        for segment in self.by_slot:
+            if segment is not None:
+                spare = segment in self.spares
+                assert spare == (segment.state is State.SPARE), f"{segment} and the list of spares disagree"
+                assert not (spare and live[segment.slot]), f"{segment} is a spare with {live[segment.slot]} live blocks"
+
+    def damaged_if_missing(self) -> None:
+        """Raise `StoreDamaged` if a map names a segment whose file is gone."""
+        for slot, live in enumerate(self._usage.live):
+            if live and (slot >= len(self.by_slot) or self.by_slot[slot] is None):
+                raise StoreDamaged(
+                    path=self._directory.path, reason=f"{segment_name(slot)} is missing, {live} blocks in use are in it"
+                )

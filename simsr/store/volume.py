@@ -1,0 +1,463 @@
+"""A volume: a range of bytes with an extent map. The data path of the store, in batches.
+
+Reading a batch costs one system call for each run of physically contiguous blocks, and one checksum for each block.
+Nothing here waits for a disk: what is not in memory is left to a `ReadJob`, which a worker thread runs.
+
+Writing a batch appends one record for all of it (more where a segment ends), then changes the map. A write that covers
+only a part of a block is merged with the block's old content first; if that is not in memory, `Volume.write` stops in
+front of that request and the caller fetches the block with a `ReadJob` and comes back.
+
+Blocks of zeros are stored as holes: the checksum of a zero block is known, so finding them costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from crc32c import crc32c
+
+from simsr.errors import BadRequest, BlockDamaged
+from simsr.store import layout
+from simsr.store.extent_map import PHYSICAL_MASK, ExtentMap, Usage
+from simsr.store.layout import BLOCK, COUNT_MASK, HOLE, START_SHIFT, ZERO_BLOCK, ZERO_CRC
+from simsr.store.log import Log
+from simsr.store.segments import Segment, SegmentPool
+
+__all__ = ["Volume", "ReadJob", "Write", "Fetched"]
+
+_BLOCK_SHIFT = 12
+_BLOCK_MASK = BLOCK - 1
+_VECTOR_MIN = 8  # from this many blocks on numpy beats a loop
+
+Write = tuple[int, int, memoryview | None]
+"""(offset in bytes, length in bytes, the data or None for zeros)"""
+
+Fetched = dict[int, tuple[int, bytes]]
+"""Block number -> (map entry, content): what `ReadJob.fetched` gives"""
+
+_Run = tuple[Segment | None, int, int, int]
+"""(segment or None for a hole, byte offset in its file, byte offset in the request, length in bytes)"""
+
+
+class ReadJob:
+    """Reads of one request that may wait for the disk. `run` belongs in a worker thread; then `release`, always.
+
+    The segments it reads are pinned meanwhile, so they are not used for anything else, and the job returns the content
+    as it was when the job was made, whatever is written later.
+    """
+
+    def __init__(self, volume: Volume, offset: int, view: memoryview) -> None:
+        self._volume = volume
+        self._offset = offset
+        self._view = view
+        self._start = offset & ~_BLOCK_MASK
+        end = (offset + len(view) + _BLOCK_MASK) & ~_BLOCK_MASK
+        self._entries = volume._entries(self._start >> _BLOCK_SHIFT, end >> _BLOCK_SHIFT)
+        self._runs = volume._runs(self._entries)
+        for segment, *_ in self._runs:
+            if segment is not None:
+                segment.pins += 1
+
+    def run(self) -> None:
+        """Fill the view. Raises OSError, or `BlockDamaged` when a checksum does not fit."""
+        head = self._offset - self._start
+        whole = head == 0 and len(self._view) & _BLOCK_MASK == 0
+        target = self._view if whole else memoryview(bytearray(len(self._entries) * BLOCK))
+        for segment, position, at, length in self._runs:
+            if segment is None:
+                target[at : at + length] = bytes(length)
+            else:
+                segment.file.pread(target[at : at + length], position)
+        self._volume._verify(target, self._entries, self._start)
+        if not whole:
+            self._view[:] = target[head : head + len(self._view)]
+
+    @property
+    def fetched(self) -> tuple[int, bytes]:
+        """For a job of one whole block that has run: its map entry and content."""
+        return int(self._entries[0]), bytes(self._view)
+
+    def release(self) -> None:
+        for segment, *_ in self._runs:
+            if segment is not None:
+                segment.pins -= 1
+        self._runs = []
+
+
+class Volume:
+    """One disk or snapshot of a store; made by the store, never directly.
+
+    Reading: `read`, `read_job`, `allocation`. Writing: `write`, `blocks_needed`.
+    ``meta`` belongs to the model above; the store keeps it and looks at nothing in it.
+    """
+
+    def __init__(self, ident: int, size_bytes: int, meta: dict, log: Log, pool: SegmentPool, usage: Usage, path: str):
+        self.ident = ident
+        self.meta = meta
+        self._log, self._pool, self._usage, self._path = log, pool, usage, path
+        self._shift = pool.geometry.segment_shift
+        self._block_mask = pool.geometry.segment_blocks - 1
+        self.map = ExtentMap(usage, pool.geometry.fanout_bits)
+        self.size_bytes = 0
+        self.resize(size_bytes)
+
+    def resize(self, size_bytes: int) -> None:
+        self.size_bytes = size_bytes
+        self.map.grow((size_bytes + _BLOCK_MASK) >> _BLOCK_SHIFT)
+
+    @property
+    def mapped_bytes(self) -> int:
+        """Bytes of the log that the volume refers to, shared or not."""
+        return self.map.mapped_blocks * BLOCK
+
+    def check_range(self, offset: int, length: int) -> None:
+        """Raise `BadRequest` unless the range lies inside the volume."""
+        if offset < 0 or length < 0 or offset + length > self.size_bytes:
+            raise BadRequest(
+                what=f"range {offset}+{length}", reason=f"it does not lie within the {self.size_bytes} bytes of the disk"
+            )
+
+    # Reading.
+
+    def read(self, batch: Sequence[tuple[int, memoryview]]) -> list[int]:
+        """Fill the view of each (offset, view) from memory; returns the indices of those that would wait for the disk.
+
+        Ranges must lie inside the volume. Raises `BlockDamaged` or OSError for the first request that fails; a caller
+        that must know which one repeats them one by one.
+        """
+        cold = []
+        cache, bits = self.map.cache, self.map.bits
+        mask = self.map.fanout - 1
+        by_slot, shift, block_mask = self._pool.by_slot, self._shift, self._block_mask
+        for index, (offset, view) in enumerate(batch):
+            if len(view) != BLOCK or offset & _BLOCK_MASK:
+                if not self._read_long(offset, view):
+                    cold.append(index)
+                continue
+            block = offset >> _BLOCK_SHIFT
+            number = block >> bits
+            slots = cache[number] if number in cache else self.map.slots_at(number)
+            entry = slots[block & mask] if slots is not None else 0
+            if not entry:
+                view[:] = ZERO_BLOCK
+                continue
+            physical = entry & PHYSICAL_MASK
+            if not by_slot[physical >> shift].file.read_cached(view, (physical & block_mask) << _BLOCK_SHIFT):
+                cold.append(index)
+            elif crc32c(view) != entry >> 32:
+                raise self._damaged(offset, physical)
+        return cold
+
+    def read_job(self, offset: int, view: memoryview) -> ReadJob:
+        """A job that reads from the disk what `read` found to be cold."""
+        return ReadJob(self, offset, view)
+
+    def read_bytes(self, offset: int, length: int) -> bytes:
+        """Read here and now. Blocks."""
+        self.check_range(offset, length)
+        data = bytearray(length)
+        if length:
+            job = ReadJob(self, offset, memoryview(data))
+            try:
+                job.run()
+            finally:
+                job.release()
+        return bytes(data)
+
+    def _read_long(self, offset: int, view: memoryview) -> bool:
+        start = offset & ~_BLOCK_MASK
+        end = (offset + len(view) + _BLOCK_MASK) & ~_BLOCK_MASK
+        head = offset - start
+        whole = head == 0 and len(view) & _BLOCK_MASK == 0
+        entries = self._entries(start >> _BLOCK_SHIFT, end >> _BLOCK_SHIFT)
+        target = view if whole else memoryview(bytearray(end - start))
+        for segment, position, at, length in self._runs(entries):
+            if segment is None:
+                target[at : at + length] = bytes(length)
+            elif not segment.file.read_cached(target[at : at + length], position):
+                return False
+        self._verify(target, entries, start)
+        if not whole:
+            view[:] = target[head : head + len(view)]
+        return True
+
+    def _entries(self, first: int, last: int) -> np.ndarray:
+        """The map entries of blocks ``first`` to ``last``. The result never changes afterwards."""
+        bits, mask, cache = self.map.bits, self.map.fanout - 1, self.map.cache
+        parts = []
+        while first < last:
+            number = first >> bits
+            stop = min(last, (number + 1) << bits)
+            slots = cache[number] if number in cache else self.map.slots_at(number)
+            if slots is None:
+                parts.append(np.zeros(stop - first, dtype=np.uint64))
+            else:
+                low = first & mask
+                parts.append(np.frombuffer(slots[low : low + stop - first], dtype=np.uint64))
+            first = stop
+        return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint64)
+
+    def _runs(self, entries: np.ndarray) -> list[_Run]:
+        """Group map entries into runs that one read can fetch."""
+        if not len(entries):
+            return []
+        physical = entries & PHYSICAL_MASK
+        breaks = physical[1:] != physical[:-1] + (physical[:-1] != 0)
+        starts = [0, *(np.flatnonzero(breaks) + 1).tolist(), len(entries)]
+        firsts = physical[starts[:-1]].tolist()
+        by_slot, shift, mask = self._pool.by_slot, self._shift, self._block_mask
+        runs: list[_Run] = []
+        for first, begin, end in zip(firsts, starts, starts[1:]):
+            at, length = begin << _BLOCK_SHIFT, (end - begin) << _BLOCK_SHIFT
+            if first:
+                runs.append((by_slot[first >> shift], (first & mask) << _BLOCK_SHIFT, at, length))
+            else:
+                runs.append((None, 0, at, length))
+        return runs
+
+    def _verify(self, target: memoryview, entries: np.ndarray, start: int) -> None:
+        found = list(map(crc32c, [target[at : at + BLOCK] for at in range(0, len(target), BLOCK)]))
+        wanted = (entries >> 32).tolist()
+        if found != wanted:
+            physical = (entries & PHYSICAL_MASK).tolist()
+            for index, (have, want) in enumerate(zip(found, wanted)):
+                if have != want and physical[index]:
+                    raise self._damaged(start + index * BLOCK, physical[index])
+
+    def _damaged(self, offset: int, physical: int) -> BlockDamaged:
+        return BlockDamaged(
+            path=self._path, volume=self.ident, offset_bytes=offset, segment=physical >> self._shift,
+            segment_offset=(physical & self._block_mask) * BLOCK,
+        )  # fmt: skip
+
+    def allocation(self, offset: int, length: int, extents_max: int = 1 << 16) -> list[tuple[int, bool]]:
+        """Describe a range as [(length in bytes, is data)], alternating; may stop early after ``extents_max``."""
+        extents: list[list] = []
+        position, end = offset, offset + length
+        span = self.map.fanout << _BLOCK_SHIFT
+        while position < end and len(extents) <= extents_max:
+            stop = min(end, (position // span + 1) * span)
+            if self.map.slots_at(position // span) is None:
+                pieces = [(stop - position, False)]
+            else:
+                pieces = self._allocation_of_leaf(position, stop)
+            for count, data in pieces:
+                if extents and extents[-1][1] == data:
+                    extents[-1][0] += count
+                else:
+                    extents.append([count, data])
+            position = stop
+        return [(count, data) for count, data in extents[:extents_max]]
+
+    def _allocation_of_leaf(self, position: int, stop: int) -> list[tuple[int, bool]]:
+        first = position >> _BLOCK_SHIFT
+        data = self._entries(first, (stop + _BLOCK_MASK) >> _BLOCK_SHIFT) != 0
+        edges = [0, *(np.flatnonzero(data[1:] != data[:-1]) + 1).tolist(), len(data)]
+        pieces = []
+        for begin, end in zip(edges, edges[1:]):
+            low, high = max(position, (first + begin) * BLOCK), min(stop, (first + end) * BLOCK)
+            pieces.append((high - low, bool(data[begin])))
+        return pieces
+
+    # Writing.
+
+    @staticmethod
+    def blocks_needed(batch: Sequence[Write]) -> int:
+        """An upper bound of the data blocks that writing ``batch`` takes from the log."""
+        return sum((length >> _BLOCK_SHIFT) + 2 for _, length, view in batch)
+
+    def write(self, batch: Sequence[Write], start: int = 0, fetched: Fetched | None = None) -> int:
+        """Write ``batch[start:]`` in order; returns how many requests of ``batch`` are done.
+
+        Fewer than all: the next one covers a part of a block that is not in memory. Run the jobs of `edge_jobs` for that
+        request, and call again with that ``start`` and what they fetched. What was fetched is used only if the block is
+        still the same, so others may write meanwhile. Ranges must lie inside the volume. Raises `StoreStopped`, or
+        `NoSpace` (what came before in the batch may have been written then).
+        """
+        gather = _Gather(self)
+        for index in range(start, len(batch)):
+            offset, length, view = batch[index]
+            if (offset | length) & _BLOCK_MASK:
+                gather.emit()
+                if not self._write_edges(gather, offset, length, view, fetched):
+                    return index
+            elif view is None:
+                gather.add_hole(offset >> _BLOCK_SHIFT, length >> _BLOCK_SHIFT)
+            elif length == BLOCK:
+                gather.add_block(offset >> _BLOCK_SHIFT, view)
+            elif length:
+                gather.add_blocks(offset >> _BLOCK_SHIFT, view)
+        gather.emit()
+        return len(batch)
+
+    @staticmethod
+    def _partial_blocks(offset: int, length: int) -> list[int]:
+        """The first and last block of a range, where it covers them only in part."""
+        if not length:
+            return []
+        end = offset + length
+        first, last = offset >> _BLOCK_SHIFT, (end - 1) >> _BLOCK_SHIFT
+        partial = [first] if offset & _BLOCK_MASK or end < (first + 1) << _BLOCK_SHIFT else []
+        if end & _BLOCK_MASK and last not in partial:
+            partial.append(last)
+        return partial
+
+    def edge_jobs(self, offset: int, length: int) -> dict[int, ReadJob]:
+        """Jobs that fetch the blocks a write of this range covers only in part, by block number."""
+        jobs = {}
+        for block in self._partial_blocks(offset, length):
+            jobs[block] = ReadJob(self, block << _BLOCK_SHIFT, memoryview(bytearray(BLOCK)))
+        return jobs
+
+    def _write_edges(
+        self, gather: _Gather, offset: int, length: int, view: memoryview | None, fetched: Fetched | None
+    ) -> bool:
+        """Write a range that covers its first or last block in part. False: an old block is not in memory."""
+        end = offset + length
+        partial = self._partial_blocks(offset, length)
+        merged = []
+        for block in partial:
+            old = bytearray(BLOCK)
+            if fetched is not None and block in fetched and fetched[block][0] == self._entries(block, block + 1)[0]:
+                old[:] = fetched[block][1]
+            elif self.read([(block << _BLOCK_SHIFT, memoryview(old))]):
+                return False
+            low, high = max(offset, block << _BLOCK_SHIFT), min(end, (block + 1) << _BLOCK_SHIFT)
+            old[low & _BLOCK_MASK : (low & _BLOCK_MASK) + high - low] = (
+                bytes(high - low) if view is None else view[low - offset : high - offset]
+            )
+            merged.append(memoryview(old))
+        for block, content in zip(partial, merged):
+            gather.add_block(block, content)
+        middle = (offset + _BLOCK_MASK) & ~_BLOCK_MASK
+        middle_end = end & ~_BLOCK_MASK
+        if middle < middle_end:
+            if view is None:
+                gather.add_hole(middle >> _BLOCK_SHIFT, (middle_end - middle) >> _BLOCK_SHIFT)
+            else:
+                gather.add_blocks(middle >> _BLOCK_SHIFT, view[middle - offset : middle_end - offset])
+        return True
+
+    def apply(self, extents: Sequence[int], crcs: Sequence[int], physical: int) -> None:
+        """Bring the map up to a record: data blocks lie from ``physical`` on. Also what replay does."""
+        if crcs:
+            self._usage.live[physical >> self._shift] += len(crcs)
+        owned, bits, mask = self.map.owned, self.map.bits, self.map.fanout - 1
+        live, shift = self._usage.live, self._shift
+        taken = 0
+        for extent in extents:
+            block, count = extent >> START_SHIFT, extent & COUNT_MASK
+            if extent & HOLE:
+                self.map.clear(block, block + count)
+            elif count < _VECTOR_MIN:
+                for block in range(block, block + count):
+                    number = block >> bits
+                    leaf = owned[number] if number in owned else self.map.own(number)
+                    slots = leaf.slots
+                    index = block & mask
+                    old = slots[index]
+                    slots[index] = crcs[taken] << 32 | (physical + taken)
+                    if old:
+                        live[(old & PHYSICAL_MASK) >> shift] -= 1
+                    else:
+                        self.map.mapped_blocks += 1
+                    taken += 1
+            else:
+                self._apply_run(block, crcs[taken : taken + count], physical + taken)
+                taken += count
+
+    def _apply_run(self, block: int, crcs: Sequence[int], physical: int) -> None:
+        owned, bits, mask = self.map.owned, self.map.bits, self.map.fanout - 1
+        entries = np.array(crcs, dtype=np.uint64) << 32 | np.arange(physical, physical + len(crcs), dtype=np.uint64)
+        done = 0
+        while done < len(crcs):
+            number, low = (block + done) >> bits, (block + done) & mask
+            count = min(len(crcs) - done, mask + 1 - low)
+            leaf = owned[number] if number in owned else self.map.own(number)
+            window = leaf.vector[low : low + count]
+            self.map.mapped_blocks += self._usage.release_vector(window)
+            window[:] = entries[done : done + count]
+            done += count
+
+
+class _Gather:
+    """Collects what one record will hold, and emits it."""
+
+    __slots__ = ("volume", "extents", "crcs", "views", "blocks_left", "bytes_left")
+
+    def __init__(self, volume: Volume) -> None:
+        self.volume = volume
+        self._reset()
+
+    def _reset(self) -> None:
+        self.extents: list[int] = []
+        self.crcs: list[int] = []
+        self.views: list[memoryview] = []
+        self.blocks_left, record_bytes = self.volume._log.room()
+        self.bytes_left = min(record_bytes, layout.MAX_RECORD_BYTES) - layout.RECORD_BYTES - 16
+
+    def _make_room(self, blocks: int) -> None:
+        """Have room for one extent and at least one of ``blocks`` blocks, by emitting and rolling if need be."""
+        if self.bytes_left < 12 or (blocks and not self.blocks_left):
+            self.emit()
+            if self.bytes_left < 12 or (blocks and not self.blocks_left):
+                self.volume._log.roll()
+                self._reset()
+
+    def add_hole(self, block: int, count: int) -> None:
+        while count:
+            self._make_room(0)
+            part = min(count, COUNT_MASK)
+            self.extents.append(block << START_SHIFT | HOLE | part)
+            self.bytes_left -= 8
+            block, count = block + part, count - part
+
+    def add_block(self, block: int, view: memoryview) -> None:
+        crc = crc32c(view)
+        if crc == ZERO_CRC and bytes(view) == ZERO_BLOCK:
+            self.add_hole(block, 1)
+            return
+        if self.bytes_left < 12 or not self.blocks_left:
+            self._make_room(1)
+        self.extents.append(block << START_SHIFT | 1)
+        self.crcs.append(crc)
+        self.views.append(view)
+        self.blocks_left -= 1
+        self.bytes_left -= 12
+
+    def add_blocks(self, block: int, view: memoryview) -> None:
+        crcs = list(map(crc32c, [view[at : at + BLOCK] for at in range(0, len(view), BLOCK)]))
+        begin = 0
+        while ZERO_CRC in crcs[begin:]:
+            index = crcs.index(ZERO_CRC, begin)
+            self._add_run(block + begin, crcs[begin:index], view[begin * BLOCK : index * BLOCK])
+            end = index + 1
+            while end < len(crcs) and crcs[end] == ZERO_CRC:
+                end += 1
+            for zero in range(index, end):
+                self.add_block(block + zero, view[zero * BLOCK : (zero + 1) * BLOCK])
+            begin = end
+        self._add_run(block + begin, crcs[begin:], view[begin * BLOCK :])
+
+    def _add_run(self, block: int, crcs: list[int], view: memoryview) -> None:
+        done = 0
+        while done < len(crcs):
+            self._make_room(1)
+            count = min(len(crcs) - done, self.blocks_left, (self.bytes_left - 8) // 4, COUNT_MASK)
+            self.extents.append(block + done << START_SHIFT | count)
+            self.crcs += crcs[done : done + count]
+            self.views.append(view[done * BLOCK : (done + count) * BLOCK])
+            self.blocks_left -= count
+            self.bytes_left -= 8 + 4 * count
+            done += count
+
+    def emit(self) -> None:
+        if self.extents:
+            volume = self.volume
+            payload = layout.pack_extents(self.extents, self.crcs)
+            physical = volume._log.append(
+                layout.EXTENTS, volume.ident, payload, self.views, len(self.crcs)
+            )
+            volume.apply(self.extents, self.crcs, physical)
+        self._reset()
