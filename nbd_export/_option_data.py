@@ -76,9 +76,6 @@ def parse_meta_context(data: bytes) -> tuple[bytes, frozenset[bytes]]:
 
 
 def decode_name(name: bytes) -> str:
-    """Return ``name`` as text. EXPORT_NAME's comes without a length of its own, so the limit is checked here again."""
-    if len(name) > c.MAX_NAME_BYTES:
-        raise Refused(c.NBD_REP_ERR_INVALID, f"the export name is longer than {c.MAX_NAME_BYTES} bytes")
     try:
         return name.decode()
     except UnicodeDecodeError:

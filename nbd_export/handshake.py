@@ -271,8 +271,6 @@ class Handshake:
         require_no_data("LIST", data)
         if not self._allow_list:
             raise Refused(c.NBD_REP_ERR_POLICY, "this server does not list its exports")
-        if self._list_budget_bytes <= 0:
-            raise Refused(c.NBD_REP_ERR_TOO_BIG, "the exports have been listed too often on this connection")
         replies = []
         for name in self._visible_names():
             encoded = wire_string(name, c.MAX_NAME_BYTES)
@@ -283,7 +281,7 @@ class Handshake:
             )
             self._list_budget_bytes -= len(replies[-1])
             if self._list_budget_bytes <= 0:
-                raise Refused(c.NBD_REP_ERR_TOO_BIG, "there are too many exports to list; ask for one by its name")
+                raise Refused(c.NBD_REP_ERR_TOO_BIG, "too much to list on one connection; ask for an export by its name")
         self._out += replies
         self._reply(c.NBD_REP_ACK)
         # Granted once, or each LIST would earn the next.

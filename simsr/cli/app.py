@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Optional
 
 import typer
+from typer.core import TyperGroup
 
 from simsr import __version__
 from simsr.cli.client import DEFAULT_SOCKET, Client, Session, checked_text
@@ -14,8 +15,19 @@ from simsr.units import parse_size
 
 __all__ = ["app"]
 
+
+
+class NounsFirst(TyperGroup):
+    """A group whose help lists the groups in it before the commands."""
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:
+        """Return the names of the commands in the order of the help."""
+        return sorted(self.commands, key=lambda name: not isinstance(self.commands[name], TyperGroup))
+
+
 app = typer.Typer(
     name="simsr",
+    cls=NounsFirst,
     help="Manage the disks of a simsrd daemon.",
     epilog="An object is named by its uuid, a unique prefix of it, or its name.",
     add_completion=False,
@@ -51,7 +63,7 @@ def options(
 ) -> None:
     """Manage the disks of a simsrd daemon."""
     session: Session = context.obj
-    session.client.socket, session.debug = socket, debug
+    session.client.socket_path, session.debug = socket, debug
     context.call_on_close(session.client.close)
 
 

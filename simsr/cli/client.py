@@ -7,7 +7,9 @@ whatever keeps an answer from arriving becomes `DaemonUnreachable`.
 
 from __future__ import annotations
 
-import re
+import errno
+import os
+import socket
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -25,11 +27,10 @@ DEFAULT_SOCKET = "/run/simsr/control.sock"
 CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 120.0  # creating an SR writes its first segments in advance, which a slow disk may take long over
 
-_ERRNO_PREFIX = re.compile(r"^\[Errno (-?\d+)\] ")
 _REASONS = {
-    "2": "there is no such socket",
-    "13": "permission denied",
-    "111": "nobody listens on it",
+    errno.ENOENT: "there is no such socket",
+    errno.ENOTSOCK: "it is no socket",
+    errno.ECONNREFUSED: "nobody listens on it",
 }
 
 
@@ -48,8 +49,8 @@ class Client:
     Requests: `get`, `post`, `delete`. Paths: `sr_path`, `vdi_path`.
     """
 
-    def __init__(self, socket: str) -> None:
-        self.socket = socket
+    def __init__(self, socket_path: str) -> None:
+        self.socket_path = socket_path
         self._http: httpx.Client | None = None
 
     def close(self) -> None:
@@ -81,40 +82,54 @@ class Client:
         self._request("DELETE", path)
 
     def _request(self, method: str, path: str, **content: Any) -> Any:
+        connected = self._connected()
         import httpx
 
         try:
-            response = self._connected().request(method, path, **content)
+            response = connected.request(method, path, **content)
         except httpx.TimeoutException:
-            raise DaemonUnreachable(socket=self.socket, reason="it does not answer") from None
+            raise self._unreachable("it does not answer") from None
         except httpx.RemoteProtocolError:
-            raise DaemonUnreachable(socket=self.socket, reason="the answer broke off or was not HTTP") from None
-        except (httpx.TransportError, OSError) as error:
-            raise DaemonUnreachable(socket=self.socket, reason=_reason(error)) from None
+            raise self._unreachable("the answer broke off or was not HTTP") from None
+        except httpx.TransportError as error:
+            raise self._unreachable(str(error)) from None
         if response.status_code == httpx.codes.NO_CONTENT:
             return None
         try:
             answer = response.json()
         except ValueError:
-            raise DaemonUnreachable(
-                socket=self.socket, reason=f"status {response.status_code} without JSON, so it is no simsrd"
-            ) from None
+            raise self._unreachable(f"status {response.status_code} without JSON, so it is no simsrd") from None
         if response.is_success:
             return answer
         raise _remote_error(answer, response.status_code, f"{method} {path}")
 
     def _connected(self) -> httpx.Client:
         if self._http is None:
+            self._try_socket()
             import httpx
 
             self._http = httpx.Client(
                 # No TLS on a unix socket; verify=False spares loading the certificates of the web, 30 ms.
-                transport=httpx.HTTPTransport(uds=self.socket, verify=False),
+                transport=httpx.HTTPTransport(uds=self.socket_path, verify=False),
                 base_url="http://simsrd",
                 timeout=httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
                 trust_env=False,
             )
         return self._http
+
+    def _try_socket(self) -> None:
+        """Connect once without httpx: quick when nobody is there, and the reason is an errno and not a text."""
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(CONNECT_TIMEOUT_S)
+            try:
+                probe.connect(self.socket_path)
+            except OSError as error:
+                known = _REASONS.get(error.errno) if error.errno else None
+                words = os.strerror(error.errno).lower() if error.errno else str(error)
+                raise self._unreachable(known or words) from None
+
+    def _unreachable(self, reason: str) -> DaemonUnreachable:
+        return DaemonUnreachable(socket=self.socket_path, reason=reason)
 
 
 @dataclass
@@ -132,13 +147,6 @@ def _object_path(collection: str, kind: str, name: str, rest: tuple[str, ...]) -
     encoded = quote(checked_text(f"{kind} name", name), safe="")
     encoded = encoded.replace(".", "%2E") if set(name) == {"."} else encoded
     return "/".join(("/v1", collection, encoded, *rest))
-
-
-def _reason(error: Exception) -> str:
-    """Return why the socket could not be used, in words."""
-    text = str(error) or type(error).__name__
-    found = _ERRNO_PREFIX.match(text)
-    return _REASONS.get(found[1], text[found.end() :]) if found else text
 
 
 def _remote_error(answer: Any, status: int, request: str) -> DaemonAnswer:

@@ -14,7 +14,7 @@ from typing import NoReturn
 __all__ = ["main"]
 
 INTERRUPTED = 130
-BROKEN_PIPE = 141
+BROKEN_PIPE = 1
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -23,7 +23,7 @@ _UNKNOWN_COMMAND = re.compile(r"No such command '(.*?)'")
 def complain_about_usage(error: Any) -> int:
     """Print what is wrong with the command line and return the exit status for it."""
     context = getattr(error, "ctx", None)
-    message = " ".join(str(error.format_message()).split())
+    message = " ".join(str(error.format_message()).split()).removeprefix("Invalid value: ")
     if context is not None and (message.startswith("Missing command") or type(error).__name__ == "NoArgsIsHelpError"):
         print(context.get_help(), file=sys.stderr)
         return USAGE_STATUS

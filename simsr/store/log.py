@@ -17,7 +17,7 @@ second fsync would succeed and lie.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from simsr.errors import StoreStopped
@@ -61,8 +61,9 @@ class Log:
         self._next_log_index = start.log_index
         self.active: Segment | None = None
         self._unsynced: list[Segment] = []
-        self._flush_needed_seq = start.seq  # the last record that is not a MARK
+        self.flush_needed_seq = start.seq  # the last record that is not a MARK
         self.failure: str | None = None
+        self.on_roll: Callable[[], None] | None = None  # told whenever a segment was filled
         self.blocks_appended = self.records_appended = self.flushes = 0
 
     @property
@@ -102,6 +103,8 @@ class Log:
             self._pool.seal(self.active)
         self.active = segment
         self._next_log_index = segment.log_index + 1
+        if self.on_roll is not None:
+            self.on_roll()
 
     def append(self, kind: int, volume: int, payload: bytes, views: Sequence = (), blocks: int = 0) -> int:
         """Append one record with ``blocks`` blocks of data in ``views``; it must fit (`room`).
@@ -129,7 +132,7 @@ class Log:
         if not self._unsynced or self._unsynced[-1] is not segment:
             self._unsynced.append(segment)
         if kind != layout.MARK:
-            self._flush_needed_seq = seq
+            self.flush_needed_seq = seq
         self.blocks_appended += blocks
         self.records_appended += 1
         return segment.slot << self._pool.geometry.segment_shift | data_block
@@ -139,7 +142,7 @@ class Log:
     def begin_flush(self) -> FlushJob | None:
         """Return the work that makes everything appended so far durable, or None if it is."""
         self.raise_if_stopped()
-        if self.durable_seq >= self._flush_needed_seq:
+        if self.durable_seq >= self.flush_needed_seq:
             return None
         return FlushJob(self.seq, [segment.file for segment in self._unsynced])
 

@@ -94,6 +94,15 @@ class SegmentPool:
 
     # Spares: made in a worker thread (`make_file`), handed over on the store's thread (`add`).
 
+    @property
+    def path(self) -> str:
+        return self._directory.path
+
+    @property
+    def data_blocks(self) -> int:
+        """Blocks of data that fit into a segment."""
+        return self.geometry.segment_blocks - self.geometry.record_blocks
+
     def next_slot(self) -> int:
         """Reserve the number of a segment that is about to be made."""
         free = (slot for slot, s in enumerate(self.by_slot) if slot and s is None and slot not in self._making)

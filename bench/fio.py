@@ -1,0 +1,93 @@
+"""fio with its ``nbd`` engine: the one client that all servers are measured with."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from bench.failure import BenchFailure
+
+__all__ = ["Speed", "background_load", "fill_at_random", "fill_in_order", "measure", "overwrite_twice"]
+
+RAMP_TIME_S = 0.3
+SLOWEST_BYTES_PER_S = 2 << 20
+"""A fill or a run that is slower than this counts as hung."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    iops: float
+    bytes_per_s: float
+
+    def in_unit(self, unit: str) -> float:
+        return self.bytes_per_s / 1e6 if unit == "MB/s" else self.iops
+
+
+def measure(uri: str, options: Sequence[str], seconds: float, seed: int) -> Speed:
+    """Run a workload for ``seconds`` and return its speed.
+
+    The same seed gives the same offsets, so all servers of a round do the same work. Dirty pages are written out
+    first: what an earlier run left behind is not to be paid by this one.
+    """
+    os.sync()
+    timing = ("--time_based", f"--runtime={seconds}", f"--ramp_time={RAMP_TIME_S}")
+    return _run(uri, (*options, *timing, f"--randseed={seed}"), seconds + RAMP_TIME_S + 120)
+
+
+def fill_in_order(uri: str, size_bytes: int) -> None:
+    """Write the whole disk with data that no server can compress or share."""
+    options = ("--rw=write", "--bs=1M", "--iodepth=4", "--refill_buffers", "--end_fsync=1")
+    _run(uri, options, 120 + size_bytes / SLOWEST_BYTES_PER_S)
+
+
+def fill_at_random(uri: str, size_bytes: int, seed: int, io_bytes: int | None = None) -> None:
+    """Write ``io_bytes`` in blocks of 4 KiB; without it every block of the disk, each once, in random order."""
+    io_bytes = io_bytes or size_bytes
+    options = ("--rw=randwrite", "--bs=4k", "--iodepth=32", "--refill_buffers", "--end_fsync=1")
+    _run(uri, (*options, f"--io_size={io_bytes}", f"--randseed={seed}"), 120 + io_bytes / SLOWEST_BYTES_PER_S)
+
+
+def overwrite_twice(uri: str, size_bytes: int) -> None:
+    """Bring a disk into its steady state: every block has been overwritten twice, in two random orders."""
+    for seed in (1001, 1002):
+        fill_at_random(uri, size_bytes, seed)
+
+
+@contextlib.contextmanager
+def background_load(uri: str, write_iops: int) -> Iterator[None]:
+    """Write 4 KiB blocks at random, ``write_iops`` a second, for as long as the block lasts."""
+    options = ("--rw=randwrite", "--bs=4k", "--iodepth=4", "--time_based", "--runtime=3600", f"--rate_iops={write_iops}")
+    load = subprocess.Popen(_command(uri, options), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        yield
+        if load.poll() is not None:
+            raise BenchFailure(f"the background load on {uri} ended by itself: {_tail(load.communicate()[0])}")
+    finally:
+        load.terminate()
+        load.communicate()
+
+
+def _run(uri: str, options: Sequence[str], timeout_s: float) -> Speed:
+    try:
+        done = subprocess.run(_command(uri, options), capture_output=True, text=True, timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        raise BenchFailure(f"fio did not end within {timeout_s:.0f} s: fio {' '.join(options)}") from None
+    # fio prints notes, some of them about errors, ahead of the JSON and on the same stream.
+    notes, brace, rest = done.stdout.partition("{")
+    job = json.loads(brace + rest)["jobs"][0] if brace and done.returncode == 0 else {"error": done.returncode or "?"}
+    if job["error"]:
+        raise BenchFailure(f"fio failed ({job['error']}) on {uri}: {_tail(notes + done.stderr)}")
+    sides = job["read"], job["write"]
+    return Speed(sum(side["iops"] for side in sides), sum(side["bw_bytes"] for side in sides))
+
+
+def _command(uri: str, options: Sequence[str]) -> list[str]:
+    return ["fio", "--name=bench", "--ioengine=nbd", f"--uri={uri}", "--output-format=json", *options]
+
+
+def _tail(text: str) -> str:
+    return "; ".join(text.strip().splitlines()[-4:]) or "it said nothing"

@@ -1,0 +1,51 @@
+"""What the NBD server needs of a disk. The daemon provides it; this package knows nothing of stores and SRs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from nbd_export.handshake import Exports
+
+__all__ = ["Disk", "Disks", "Write"]
+
+Write = tuple[int, int, memoryview | None]
+"""(offset in bytes, length in bytes, the data or None for zeros)"""
+
+
+class Disk(Protocol):
+    """One attached disk. Methods that are not async never wait; ranges are inside the disk.
+
+    Errors are exceptions with an ``nbd_errno`` attribute, or OSError.
+    """
+
+    def read(self, batch: Sequence[tuple[int, memoryview]]) -> list[int]:
+        """Fill the views from memory; returns the indices of those that would have to wait for a disk."""
+
+    async def read_cold(self, offset: int, view: memoryview) -> None:
+        """Fill the view, waiting for the disk."""
+
+    def write(self, batch: Sequence[Write]) -> int:
+        """Write in order; returns how many are done. The rest has to wait: `write_rest`."""
+
+    async def write_rest(self, batch: Sequence[Write], start: int) -> None:
+        """Write ``batch[start:]``, waiting where that is needed."""
+
+    async def flush(self) -> None:
+        """Make every write answered so far durable."""
+
+    async def prefetch(self, offset: int, length: int) -> None:
+        """Bring a range into memory."""
+
+    def allocation(self, offset: int, length: int, extents_max: int) -> list[tuple[int, bool]]:
+        """Describe a range as [(length in bytes, is data)]; may stop early."""
+
+    def detach(self) -> None:
+        """The client is gone."""
+
+
+class Disks(Exports, Protocol):
+    """All exports of a server, and how to attach to one."""
+
+    def attach(self, name: str, client: str) -> Disk:
+        """Return the disk called ``name`` for one connection of ``client``. Raises if it cannot be attached."""

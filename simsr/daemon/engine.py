@@ -1,0 +1,208 @@
+"""The engine of one store: everything about it that waits.
+
+The store itself never waits (`simsr.store`); here trio tasks run its blocking jobs in worker threads:
+
+* `Engine.flush`: group commit. One sync serves all who asked before it began.
+* `Engine.run`: upkeep. Makes spare segments before they are needed, writes checkpoints, takes apart what was dropped.
+* `Disk`: one attached volume, as the NBD server wants it; reads and writes that must wait.
+
+All changes of the store happen on trio's thread, so between two awaits nothing moves.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+import trio
+
+from simsr.errors import NoSpace, StoreStopped
+from simsr.store.store import Store
+from simsr.store.volume import Fetched, Volume, Write
+
+__all__ = ["Engine", "Disk"]
+
+log = logging.getLogger("simsr.engine")
+
+UPKEEP_PERIOD_S = 30.0
+_REAP_NODES = 64
+_COLD_THREADS = 16
+_PREFETCH_BYTES = 1 << 20
+_NO_SPACE_PAUSE_S = 1.0
+
+
+class Engine:
+    """Runs a store under trio. `run` must be started in a nursery before anything else is awaited."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._flushing: trio.Event | None = None
+        self._upkeep = trio.Event()
+        self._room = trio.Condition()
+        self._cold = trio.CapacityLimiter(_COLD_THREADS)
+        self._upkeep_threads = trio.CapacityLimiter(2)
+        self._no_space: NoSpace | None = None
+        store.log.on_roll = self.wake
+        self.flush_waits = self.cold_reads = 0
+
+    def wake(self) -> None:
+        """There may be upkeep to do."""
+        self._upkeep.set()
+
+    # Flushing.
+
+    async def flush(self) -> None:
+        """Make everything written before this call durable. Raises `StoreStopped`."""
+        log_ = self.store.log
+        log_.raise_if_stopped()
+        wanted = log_.flush_needed_seq
+        while log_.durable_seq < wanted:
+            self.flush_waits += 1
+            if self._flushing is not None:
+                await self._flushing.wait()
+                log_.raise_if_stopped()
+            else:
+                with trio.CancelScope(shield=True):
+                    await self._flush_now()
+
+    async def _flush_now(self) -> None:
+        job = self.store.begin_flush()
+        if job is None:
+            return
+        self._flushing = trio.Event()
+        try:
+            await trio.to_thread.run_sync(job.run)
+        except OSError as error:
+            self.store.end_flush(job, error)
+        else:
+            self.store.end_flush(job)
+        finally:
+            self._flushing.set()
+            self._flushing = None
+
+    # Upkeep.
+
+    async def run(self, task_status: trio.TaskStatus = trio.TASK_STATUS_IGNORED) -> None:
+        """Upkeep until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._make_spares)
+            task_status.started()
+            idle_seq = -1
+            while True:
+                with trio.move_on_after(UPKEEP_PERIOD_S) as timeout:
+                    await self._upkeep.wait()
+                self._upkeep = trio.Event()
+                async with self._room:
+                    self._room.notify_all()
+                try:
+                    quiet = timeout.cancelled_caught and self.store.log.flush_needed_seq != idle_seq
+                    if self.store.wants_checkpoint or (quiet and self.store.log.failure is None):
+                        await self.checkpoint()
+                        idle_seq = self.store.log.flush_needed_seq
+                    while self.store.reap(_REAP_NODES):
+                        await trio.lowlevel.checkpoint()
+                except StoreStopped as error:
+                    log.error("%s", error)
+
+    async def checkpoint(self) -> None:
+        """Write a checkpoint beside the running load."""
+        job = self.store.begin_checkpoint()
+        with trio.CancelScope(shield=True):
+            try:
+                await trio.to_thread.run_sync(self.store.run_checkpoint, job, limiter=self._upkeep_threads)
+            except OSError as error:
+                self.store.end_checkpoint(job, error)
+            self.store.end_checkpoint(job)
+        async with self._room:
+            self._room.notify_all()
+
+    async def _make_spares(self) -> None:
+        pool = self.store.pool
+        while True:
+            async with self._room:
+                while not pool.wanted or self.store.log.failure is not None:
+                    await self._room.wait()
+            slot, file = pool.next_slot(), None
+            try:
+                file = await trio.to_thread.run_sync(pool.make_file, slot, limiter=self._upkeep_threads)
+                self._no_space = None
+            except (NoSpace, OSError) as error:
+                self._no_space = error if isinstance(error, NoSpace) else NoSpace(name=pool.path, reason=str(error))
+                log.warning("%s", error)
+            finally:
+                pool.add(slot, file)
+                async with self._room:
+                    self._room.notify_all()
+            if file is None:
+                await trio.sleep(_NO_SPACE_PAUSE_S)
+
+    def has_room(self, blocks: int) -> bool:
+        """Whether ``blocks`` blocks can be written without waiting for a segment file to be made."""
+        spares = len(self.store.pool.spares) - 1
+        return spares * self.store.pool.data_blocks >= blocks or self.store.log.room()[0] >= blocks
+
+    async def make_room(self, blocks: int) -> None:
+        """Wait until `has_room`. Raises `NoSpace` when no segment file can be made, `StoreStopped`."""
+        while not self.has_room(blocks):
+            self.store.log.raise_if_stopped()
+            if self._no_space is not None:
+                raise self._no_space
+            self.wake()
+            async with self._room:
+                self._room.notify_all()
+                await self._room.wait()
+
+    def statistics(self) -> dict[str, int]:
+        return {"flush_waits": self.flush_waits, "cold_reads": self.cold_reads}
+
+
+class Disk:
+    """An attached volume (`nbd_export.disk.Disk`)."""
+
+    def __init__(self, engine: Engine, volume: Volume, on_detach: Callable[[], None]) -> None:
+        self._engine, self._volume, self._on_detach = engine, volume, on_detach
+        self.read = volume.read
+        self.allocation = volume.allocation
+        self.flush = engine.flush
+
+    async def read_cold(self, offset: int, view: memoryview) -> None:
+        self._engine.cold_reads += 1
+        job = self._volume.read_job(offset, view)
+        try:
+            await trio.to_thread.run_sync(job.run, limiter=self._engine._cold)
+        finally:
+            job.release()
+
+    async def prefetch(self, offset: int, length: int) -> None:
+        end = offset + length
+        while offset < end:
+            part = min(_PREFETCH_BYTES, end - offset)
+            await self.read_cold(offset, memoryview(bytearray(part)))
+            offset += part
+
+    def write(self, batch: Sequence[Write]) -> int:
+        # Rolling to the next segment needs two spares to be there: one to use, one that stays in reserve.
+        if len(self._engine.store.pool.spares) < 3 and not self._engine.has_room(self._volume.blocks_needed(batch)):
+            return 0
+        return self._volume.write(batch)
+
+    async def write_rest(self, batch: Sequence[Write], start: int) -> None:
+        fetched: Fetched = {}
+        while start < len(batch):
+            offset, length, _ = batch[start]
+            await self._engine.make_room(self._volume.blocks_needed(batch[start : start + 1]))
+            done = self._volume.write(batch[: start + 1], start, fetched)
+            if done > start:
+                start, fetched = done, {}
+                continue
+            for block, job in self._volume.edge_jobs(offset, length).items():
+                try:
+                    await trio.to_thread.run_sync(job.run, limiter=self._engine._cold)
+                    fetched[block] = job.fetched
+                finally:
+                    job.release()
+
+    def detach(self) -> None:
+        self._on_detach()
+
+

@@ -1,0 +1,117 @@
+"""Fixtures of the command line's tests: a fake daemon and ``simsr`` run in this process or in one of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from fake_daemon import FakeDaemon
+
+from simsr.cli.main import main
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass
+class Outcome:
+    """What a run of ``simsr`` left behind."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def lines(self) -> list[str]:
+        return self.out.splitlines()
+
+
+@pytest.fixture
+def short_directory() -> Iterator[Path]:
+    """A directory whose path leaves room for the names of unix sockets, which pytest's own may not."""
+    directory = Path(tempfile.mkdtemp(prefix="simsr-", dir="/tmp"))
+    yield directory
+    shutil.rmtree(directory)
+
+
+@pytest.fixture
+def daemon(short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDaemon]:
+    """A fake daemon that SIMSR_SOCKET names."""
+    fake = FakeDaemon(short_directory)
+    monkeypatch.setenv("SIMSR_SOCKET", fake.socket)
+    fake.start()
+    yield fake
+    fake.stop()
+
+
+@pytest.fixture
+def simsr(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Run ``simsr`` with the given words in this process."""
+
+    def run(*words: str) -> Outcome:
+        capfd.readouterr()
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+        try:
+            with pytest.raises(SystemExit) as ended:
+                main(words)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        out, err = capfd.readouterr()
+        assert isinstance(ended.value.code, int)
+        return Outcome(ended.value.code, out, err)
+
+    return run
+
+
+@pytest.fixture
+def serve_disks(daemon: FakeDaemon) -> Iterator[Callable[..., None]]:
+    """Serve the fake daemon's disks over NBD, with further arguments for nbdkit such as a filter."""
+    servers: list[subprocess.Popen[bytes]] = []
+
+    def serve(*filters: str, settings: tuple[str, ...] = ()) -> None:
+        ready = daemon.disks.parent / "nbdkit.pid"
+        command = ["nbdkit", "-f", "-U", daemon.nbd_socket, "-P", str(ready), *filters, "file"]
+        servers.append(subprocess.Popen([*command, f"dir={daemon.disks}", *settings]))
+        wait_until(ready.exists)
+
+    yield serve
+    for server in servers:
+        server.terminate()
+        server.wait(10)
+
+
+def wait_until(true: Callable[[], object], timeout_s: float = 10.0) -> None:
+    """Return when ``true()`` is so, fail the test if that takes too long."""
+    give_up = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < give_up, "waited in vain"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def start_simsr() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start ``simsr`` as a process of its own, in its own process group, for tests of signals and terminals."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*words: str, **options: object) -> subprocess.Popen[str]:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), **options.pop("env", {})}  # type: ignore[dict-item]
+        command = [sys.executable, "-m", "simsr.cli.main", *words]
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+        child = subprocess.Popen(command, text=True, env=environment, process_group=0, **options)  # type: ignore[call-overload]
+        started.append(child)
+        return child
+
+    yield start
+    for child in started:
+        if child.poll() is None:
+            child.kill()
+        child.communicate()
