@@ -48,7 +48,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--scaling", action="store_true", help="snapshots of 16 GiB instead of 4 GiB beside 1 GiB")
     parser.add_argument("--scaling-size", type=parse_size, help="the same with this size")
     parser.add_argument("--quick", action="store_true", help="little of everything, to see whether it works")
-    parser.add_argument("--dir", type=Path, default=Path("/var/tmp"), help="where the disks are kept (default /var/tmp)")
+    parser.add_argument("--dir", type=Path, default=Path("/var/tmp"), help="where the disks live (default /var/tmp)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "build" / "bench.json")
     arguments = parser.parse_args(argv)
     if arguments.rounds < 1 or arguments.seconds <= 0:
@@ -89,11 +89,16 @@ def main(argv: list[str] | None = None) -> int:
         print("bench: interrupted", file=sys.stderr)
         status = 130
     finally:
-        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
-        settings |= {"kernel": platform.release(), "python": platform.python_version(), "time": time.time()}
-        write_json(arguments.output, settings, rows, findings, complete=status == 0)
-        print(f"bench: written to {arguments.output}", file=sys.stderr)
+        if rows or findings:
+            write(arguments, rows, findings, complete=status == 0)
     return status
+
+
+def write(arguments: argparse.Namespace, rows: list[dict], findings: list[Finding], complete: bool) -> None:
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
+    settings |= {"kernel": platform.release(), "python": platform.python_version(), "time": time.time()}
+    write_json(arguments.output, settings, rows, findings, complete)
+    tell(f"written to {arguments.output}")
 
 
 def compare(arguments: argparse.Namespace, rows: list[dict]) -> None:

@@ -24,8 +24,11 @@ class Sample:
 
 
 def order_of_round(servers: Sequence[Served], round_number: int) -> list[Served]:
-    """Return the servers in the order of this round: another one begins each time, every other round goes backwards."""
-    at = round_number % len(servers)
+    """Return the servers in the order of this round: every other round goes backwards, and every two begin elsewhere.
+
+    So over the rounds each server runs early and late, and before and after each other one.
+    """
+    at = round_number // 2 % len(servers)
     order = [*servers[at:], *servers[:at]]
     return order[::-1] if round_number % 2 else order
 

@@ -60,7 +60,8 @@ def overwrite_twice(uri: str, size_bytes: int) -> None:
 @contextlib.contextmanager
 def background_load(uri: str, write_iops: int) -> Iterator[None]:
     """Write 4 KiB blocks at random, ``write_iops`` a second, for as long as the block lasts."""
-    options = ("--rw=randwrite", "--bs=4k", "--iodepth=4", "--time_based", "--runtime=3600", f"--rate_iops={write_iops}")
+    timing = ("--time_based", "--runtime=3600", f"--rate_iops={write_iops}")
+    options = ("--rw=randwrite", "--bs=4k", "--iodepth=4", *timing)
     load = subprocess.Popen(_command(uri, options), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         yield
@@ -86,7 +87,8 @@ def _run(uri: str, options: Sequence[str], timeout_s: float) -> Speed:
 
 
 def _command(uri: str, options: Sequence[str]) -> list[str]:
-    return ["fio", "--name=bench", "--ioengine=nbd", f"--uri={uri}", "--output-format=json", *options]
+    # --thread: fio then is one process, and ending it ends the load.
+    return ["fio", "--name=bench", "--thread", "--ioengine=nbd", f"--uri={uri}", "--output-format=json", *options]
 
 
 def _tail(text: str) -> str:

@@ -4,8 +4,8 @@
 ``depth``    random reads of one disk with no snapshots and with a thousand, in turns: same speed.
 ``plugin``   wall time of the SMAPIv1 plug-in as xapi runs it, interpreter start included.
 
-Times of scaling are those of whole API calls on a connection that stays open, so they hold some HTTP as well; the time of a
-call that does nothing is reported beside them.
+Times of scaling are those of whole API calls on a connection that stays open, so they hold some HTTP as well; the time
+of a call that does nothing is reported beside them.
 """
 
 from __future__ import annotations

@@ -35,7 +35,8 @@ def findings_text(findings: Iterable[Finding]) -> str:
     for finding in findings:
         bounds = [("<=", finding.at_most), (">=", finding.at_least)]
         target = " ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)
-        lines.append([finding.name, f"{finding.value:.2f}", finding.unit, target, _verdict(finding.ok) if target else ""])
+        verdict = _verdict(finding.ok) if target else ""
+        lines.append([finding.name, f"{finding.value:.2f}", finding.unit, target, verdict])
     return f"operations\n{aligned(lines)}"
 
 
@@ -49,8 +50,11 @@ def verdict_text(rows: Iterable[dict], findings: Iterable[Finding]) -> str:
         if peer in row["ratio_to"]
     ]
     checks += [(finding.name, finding.ok) for finding in findings if (finding.at_most or finding.at_least) is not None]
+    if not checks:
+        return "no targets were measured"
     below = [name for name, ok in checks if not ok]
-    return f"{len(checks) - len(below)} of {len(checks)} targets reached" + (f"; not: {', '.join(below)}" if below else "")
+    counts = f"{len(checks) - len(below)} of {len(checks)} targets reached"
+    return f"{counts}; not: {', '.join(below)}" if below else counts
 
 
 def write_json(path: Path, settings: dict, rows: Sequence[dict], findings: Sequence[Finding], complete: bool) -> None:

@@ -74,7 +74,8 @@ def _qemu(directory: Path, size_bytes: int, *options: str) -> Iterator[str]:
         created = subprocess.run(create, capture_output=True, text=True)
     if created.returncode:
         raise BenchFailure(f"qemu-img cannot create {image}: {created.stderr.strip()}")
-    command = ["qemu-nbd", "--persistent", "--format=qcow2", "--cache=writeback", *options, f"--socket={path}", str(image)]
+    caching = ["--format=qcow2", "--cache=writeback", *options]
+    command = ["qemu-nbd", "--persistent", *caching, f"--socket={path}", str(image)]
     with _process("qemu-nbd", command, directory, lambda log: _answers(path)):
         yield f"nbd+unix:///?socket={path}"
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 __all__ = ["WORKLOADS", "Workload"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Workload:
     """One row of the table. ``fio`` are the options that make it; ``targets`` maps a peer to the least ratio."""
 

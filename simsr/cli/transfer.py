@@ -141,12 +141,12 @@ def _check_source(path: str) -> None:
         )
     try:
         kind = os.stat(path).st_mode
+        if not (stat.S_ISREG(kind) or stat.S_ISBLK(kind)):
+            raise FileFailure(action="import", path=path, reason="it is neither a file nor a block device")
         with open(path, "rb"):
             pass
-    except OSError as error:
-        raise FileFailure(action="import", path=path, reason=error.strerror or str(error)) from None
-    if not (stat.S_ISREG(kind) or stat.S_ISBLK(kind)):
-        raise FileFailure(action="import", path=path, reason="it is neither a file nor a block device")
+    except (OSError, ValueError) as error:
+        raise FileFailure(action="import", path=path, reason=getattr(error, "strerror", None) or str(error)) from None
 
 
 def _check_target(path: str, force: bool) -> bool:

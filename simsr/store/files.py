@@ -146,6 +146,11 @@ class DiskDirectory:
             raise StoreLocked(path=self.path) from None
         self._lock_fd = fd
 
+    def rename(self, path: str) -> None:
+        """Move the directory, open files and lock and all, to ``path``."""
+        os.rename(self.path, path)
+        self.path = path
+
     def names(self) -> list[str]:
         return sorted(name for name in os.listdir(self.path) if name != "LOCK")
 

@@ -172,13 +172,13 @@ class Store:
             tail = find_tail(found, block, directory.path)
             store.log = Log(pool, directory.path, tail.end)
             store._load(block)
+            store._survey_maps(block)
+            store._replay(tail)
+            pool.damaged_if_missing()
+            store._settle(tail)
         except BaseException:
             pool.close()
             raise
-        store._generation = max(other.generation for other in ckpt.read_supers(directory))
-        store._replay(tail)
-        pool.damaged_if_missing()
-        store._settle(tail)
         return store
 
     def _load(self, block: Super) -> None:
@@ -191,6 +191,20 @@ class Store:
             volume.map.height, volume.map.mapped_blocks = line["height"], line["mapped_blocks"]
             if line["root"] is not None:
                 volume.map.root = loader.load(NodeRef(*line["root"]), line["height"])
+
+    def _survey_maps(self, block: Super) -> None:
+        """See what map files there are. Those that hold nothing of the checkpoint just loaded are garbage; what replay is
+        about to change is not: until the next checkpoint is durable, the one just loaded is what a crash goes back to."""
+        for generation in ckpt.map_files(self.directory):
+            file = self.directory.open(ckpt.map_name(generation))
+            self._map_bytes[generation] = file.size_bytes
+            file.close()
+        needed = {generation for generation, nodes in self.usage.nodes_at_home.items() if nodes} | {block.roots.file}
+        self._map_garbage = [generation for generation in self._map_bytes if generation not in needed]
+        supers = [other.generation for other in ckpt.read_supers(self.directory)]
+        self._generation = max([*supers, *self._map_bytes])
+        if ckpt.super_name(self._generation + 1) == ckpt.super_name(block.generation):
+            self._generation += 1  # the next checkpoint must not write over the super block that holds
 
     def _replay(self, tail: Tail) -> None:
         shift = self.geometry.segment_shift
@@ -215,13 +229,6 @@ class Store:
         replayed = {segment.slot: segment for segment, _ in tail.records}
         for segment in replayed.values():  # what a killed process wrote may not have reached the disk yet
             segment.file.datasync()
-        self._map_bytes = {}
-        for generation in ckpt.map_files(self.directory):
-            file = self.directory.open(ckpt.map_name(generation))
-            self._map_bytes[generation] = file.size_bytes
-            file.close()
-        self._map_garbage = [generation for generation in self._map_bytes if not self.usage.nodes_at_home[generation]]
-        self._generation = max([self._generation, *self._map_bytes])
         self.checkpoint()
         self.log.roll()
 

@@ -108,7 +108,7 @@ def test_import_takes_the_format_it_is_told(simsr, daemon, sr, serve_disks, tmp_
     ("make", "message"),
     [
         (lambda path: None, "No such file or directory"),
-        (lambda path: path.mkdir(), "Is a directory"),
+        (lambda path: path.mkdir(), "it is neither a file nor a block device"),
         (lambda path: path.touch(), "it is empty"),
         (os.mkfifo, "it is neither a file nor a block device"),
     ],

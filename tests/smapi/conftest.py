@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-import smapi_fakes
 import smapi_wire
+from smapi_fake_daemon import FakeDaemon
+from smapi_fake_xapi import FakeXapi
+from smapi_fakes import serving
 
 PLUGIN = Path(__file__).parents[2] / "simsr" / "smapi" / "SimSR"
 ENVIRONMENT = {"PATH": "/sbin:/usr/sbin:/bin:/usr/bin", "ORIGINATOR": "SM"}
@@ -78,9 +80,9 @@ def folder():
 @pytest.fixture
 def daemon(folder):
     """A fake simsrd that holds one empty SR."""
-    model = smapi_fakes.FakeDaemon()
+    model = FakeDaemon()
     model.add_sr(SR_UUID)
-    with smapi_fakes.serving(model, folder / "control.sock"):
+    with serving(model, folder / "control.sock"):
         yield model
 
 
@@ -93,10 +95,10 @@ def alone(daemon, folder):
 @pytest.fixture
 def xapi(folder):
     """A fake xapi whose database has the SR and no VDI."""
-    model = smapi_fakes.FakeXapi()
+    model = FakeXapi()
     model.sr_ref = model.add("SR", uuid=SR_UUID, name_label="my SR", name_description="of tests",
                              virtual_allocation="0", physical_size="0", physical_utilisation="0")
-    with smapi_fakes.serving(model, folder / "xapi"):
+    with serving(model, folder / "xapi"):
         yield model
 
 

@@ -1,7 +1,7 @@
 """The two documents of SMAPIv1, written and read independently of the plug-in and of xmlrpc.client.
 
-`request` writes what xapi writes: no declaration, no blanks between elements, no type tags for strings, ``<value/>`` for
-the empty string, four characters escaped, control characters dropped. `parse_answer` accepts what xapi's parser accepts
+`request` writes what xapi writes: no declaration, no blanks between elements, no type tags for strings, ``<value/>``
+for the empty string, four characters escaped, control characters dropped. `parse_answer` accepts what xapi's parser accepts
 and nothing else: no attributes, text only where a value is, known types only.
 """
 
@@ -32,7 +32,7 @@ def value(item):
         return f"<value><struct>{members}</struct></value>" if members else "<value><struct/></value>"
     if isinstance(item, (list, tuple)):
         parts = "".join(value(part) for part in item)
-        return f"<value><array><data>{parts}</data></array></value>" if parts else "<value><array><data/></array></value>"
+        return f"<value><array>{f'<data>{parts}</data>' if parts else '<data/>'}</array></value>"
     raise TypeError(f"xapi sends no {type(item).__name__}")
 
 

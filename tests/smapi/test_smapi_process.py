@@ -8,9 +8,10 @@ import uuid
 
 import pytest
 
-import smapi_fakes
 import smapi_wire
 from conftest import ENVIRONMENT, HOST_REF, PLUGIN, SR_UUID, Caller, plugin_argv, read_plugin, run_plugin, start_plugin
+from smapi_fake_daemon import FakeDaemon, daemon_error
+from smapi_fakes import serving
 
 VDI_COMMANDS = {
     "vdi_delete": [], "vdi_attach": ["true"], "vdi_detach": [], "vdi_activate": ["true"], "vdi_deactivate": [],
@@ -64,8 +65,8 @@ def test_plugin_is_executable_and_named_for_xapi():
 
 def test_python_3_6_is_enough():
     pytest.importorskip("vermin")
-    done = subprocess.run([sys.executable, "-c", "import sys, vermin; sys.exit(vermin.main())", "-t=3.6-", "--violations",
-                           "--no-tips", str(PLUGIN)], stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, "-c", "import sys, vermin; sys.exit(vermin.main())", "-t=3.6-",
+                           "--violations", "--no-tips", str(PLUGIN)], stdout=subprocess.PIPE, text=True)
     assert done.returncode == 0, done.stdout
 
 
@@ -82,8 +83,10 @@ def test_unknown_command_is_not_implemented():
     b"<methodCall><methodName>sr_scan</methodName><params><param><value><struct/></value></param>"
     b"<param><value><struct/></value></param></params></methodCall>",
     b"<methodResponse><params><param><value><struct/></value></param></params></methodResponse>",
-    b"<methodCall><methodName>sr_scan</methodName><params><param><value><int>x</int></value></param></params></methodCall>",
-    b"<methodCall><methodName>sr_scan</methodName><params><param><value><array></array></value></param></params></methodCall>",
+    b"<methodCall><methodName>sr_scan</methodName><params><param><value><int>x</int></value></param></params>"
+    b"</methodCall>",
+    b"<methodCall><methodName>sr_scan</methodName><params><param><value><array></array></value></param></params>"
+    b"</methodCall>",
     b"<methodResponse><fault><value><struct><member><name>faultCode</name><value><int>1</int></value></member>"
     b"<member><name>faultString</name><value>x</value></member></struct></value></fault></methodResponse>",
 ])
@@ -157,7 +160,7 @@ def test_daemon_away_is_fault_47(folder, command, args):
 
 
 def test_daemon_gone_but_its_socket_left_is_fault_47(folder):
-    with smapi_fakes.serving(smapi_fakes.FakeDaemon(), folder / "control.sock"):
+    with serving(FakeDaemon(), folder / "control.sock"):
         pass
     assert (folder / "control.sock").exists()
     assert Caller(socket=str(folder / "control.sock"), standalone="true").fault("sr_attach").number == 47
@@ -170,8 +173,7 @@ def test_content_type_needs_nobody(folder):
 @pytest.mark.parametrize("answer", [
     (200, b"this is not JSON"), (500, b"<html>broken</html>"), (200, b"\xff\xfe"), None])
 def test_what_is_not_simsrd(alone, daemon, answer):
-    daemon.failures["GET", "/v1/srs"] = (lambda: (_ for _ in ()).throw(smapi_fakes.Refused(None))) \
-        if answer is None else answer
+    daemon.failures["GET", "/v1/srs"] = answer
     assert alone.fault("sr_attach").number == 47
 
 
@@ -191,7 +193,7 @@ def test_failures_of_the_daemon_keep_their_number(alone, daemon, status, body, n
 
 
 def test_fault_text_has_message_and_hint(alone, daemon):
-    daemon.failures["POST", "/v1/vdis"] = smapi_fakes.daemon_error(507, "NoSpace", 44, "full <&\x01\ud800>", "Delete.")
+    daemon.failures["POST", "/v1/vdis"] = daemon_error(507, "NoSpace", 44, "full <&\x01\ud800>", "Delete.")
     assert alone.fault("vdi_create", ["1048576"]).text == "There is not enough space [opterr=full <&??> Delete.]"
 
 

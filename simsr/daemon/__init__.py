@@ -1,0 +1,1 @@
+"""simsrd: the daemon that holds the stores and serves them."""

@@ -1,0 +1,380 @@
+"""The control API: HTTP and JSON over the control socket. OpenAPI at /openapi.json.
+
+Thin: checks the shape of a request, finds what it names, calls the model, makes it durable, describes the result. Every
+answer to a change carries ``Server-Timing: store;dur=<ms>``: the time the change took, until it was durable.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from time import monotonic
+from typing import Annotated, Any
+
+import trio
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
+
+from simsr import __version__
+from simsr.daemon.host import Host, Mounted
+from simsr.errors import BadRequest, NotFound, SimsrError
+from simsr.sr.vdi import Vdi
+
+__all__ = ["make_app"]
+
+log = logging.getLogger("simsr.api")
+
+Text = Annotated[str, Field(max_length=4096)]
+SizeBytes = Annotated[int, Field(gt=0, description="bytes; rounded up to a multiple of 512", examples=[1 << 30])]
+
+
+class Body(BaseModel):
+    """Fields that are not known are refused, so that a misspelling does not pass for a default."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class SrCreate(Body):
+    name: Text
+    uuid: str | None = None
+    description: Text = ""
+    sm_config: dict[str, str] = {}
+
+
+class SrUpdate(Body):
+    name: Text | None = None
+    description: Text | None = None
+    sm_config: dict[str, str] | None = None
+
+
+class VdiCreate(Body):
+    size_bytes: SizeBytes
+    sr: str | None = None
+    name: Text = ""
+    description: Text = ""
+    uuid: str | None = None
+    type: str = "user"
+    sharable: bool = False
+    read_only: bool = False
+    sm_config: dict[str, str] = {}
+
+
+class VdiUpdate(Body):
+    name: Text | None = None
+    description: Text | None = None
+    sm_config: dict[str, str] | None = None
+    managed: bool | None = None
+    read_only: bool | None = None
+    sharable: bool | None = None
+
+
+class Descend(Body):
+    name: Text | None = None
+    description: Text | None = None
+    uuid: str | None = None
+    sm_config: dict[str, str] | None = None
+
+
+class Resize(Body):
+    size_bytes: SizeBytes
+
+
+class Revert(Body):
+    target: str | None = Field(None, description="uuid of the disk, if not the one the snapshot was taken of")
+
+
+class Attach(Body):
+    client: Annotated[str, Field(min_length=1, max_length=256)]
+    writable: bool
+
+
+class Detach(Body):
+    client: Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class SrOut(BaseModel):
+    uuid: str
+    name: str
+    description: str
+    sm_config: dict[str, str]
+    path: str
+    physical_size_bytes: int
+    physical_utilisation_bytes: int
+    virtual_allocation_bytes: int
+    vdi_count: int = Field(description="all VDIs, snapshots included")
+    snapshot_count: int
+    statistics: dict[str, Any]
+
+
+class AttachmentOut(BaseModel):
+    client: str
+    writable: bool
+    kind: str
+
+
+class VdiOut(BaseModel):
+    uuid: str
+    location: str
+    sr: str
+    name: str
+    description: str
+    type: str
+    size_bytes: int
+    physical_utilisation_bytes: int
+    is_a_snapshot: bool
+    snapshot_of: str | None
+    snapshot_time: str | None
+    created_time: str
+    read_only: bool
+    sharable: bool
+    managed: bool
+    sm_config: dict[str, str]
+    attached: list[AttachmentOut]
+    nbd_uri: str
+    nbd_socket: str
+
+
+class RevertOut(BaseModel):
+    vdi: VdiOut
+    changed: bool
+    size_changed: bool
+
+
+class AttachOut(BaseModel):
+    nbd_uri: str
+    nbd_socket: str
+    export_name: str
+    size_bytes: int
+
+
+class DaemonOut(BaseModel):
+    version: str
+    pid: int
+    root: str
+    control_socket: str | None
+    nbd_socket: str
+    nbd_tcp: str | None
+    uptime_s: float
+    sr_count: int
+    vdi_count: int
+    failed_srs: dict[str, str] = Field(description="path of an SR that could not be opened, and why")
+    statistics: dict[str, Any]
+
+
+def make_app(host: Host, control_socket: str | None, nbd_tcp: str | None) -> FastAPI:
+    """The application that serves ``host``."""
+    app = FastAPI(title="simsrd", version=__version__, docs_url=None, redoc_url=None)
+    _add_error_handlers(app)
+    _add_daemon_routes(app, host, control_socket, nbd_tcp)
+    _add_sr_routes(app, host)
+    _add_vdi_routes(app, host)
+    _add_history_routes(app, host)
+    app.openapi()  # built here, not by the first request, which would stall everything else
+    return app
+
+
+def _error_response(error: SimsrError, status: int | None = None) -> JSONResponse:
+    details = {
+        key: value if isinstance(value, str | int | float | bool | None) else str(value)
+        for key, value in error.details.items()
+    }
+    body = {
+        "code": error.code, "message": str(error), "hint": error.hint, "exit_code": error.exit_code,
+        "sm_fault": error.sm_fault, "xenapi_code": error.xenapi_code, "details": details,
+    }  # fmt: skip
+    return JSONResponse({"error": body}, status_code=status or error.http_status)
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    @app.exception_handler(SimsrError)
+    async def simsr_error(request: Request, error: SimsrError) -> JSONResponse:
+        return _error_response(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def not_valid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "body") or "the request body"
+        return _error_response(BadRequest(what=where, reason=first["msg"]))
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
+        if error.status_code == 404:
+            return _error_response(NotFound(kind="API path", name=request.url.path))
+        return _error_response(BadRequest(what="the request", reason=str(error.detail)), error.status_code)
+
+    @app.exception_handler(Exception)
+    async def bug(request: Request, error: Exception) -> JSONResponse:
+        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        return _error_response(SimsrError(reason=f"an internal error ({type(error).__name__}); the daemon's log has more"))
+
+
+def _timed(response: Response, began: float) -> None:
+    response.headers["Server-Timing"] = f"store;dur={(trio.current_time() - began) * 1000:.3f}"
+
+
+def _given(body: BaseModel) -> dict[str, Any]:
+    return {key: value for key, value in body.model_dump().items() if value is not None}
+
+
+def _add_daemon_routes(app: FastAPI, host: Host, control_socket: str | None, nbd_tcp: str | None) -> None:
+    @app.get("/v1/daemon", response_model=DaemonOut)
+    async def daemon() -> dict:
+        """What this daemon is and does."""
+        return {
+            "version": __version__, "pid": os.getpid(), "root": host.root, "control_socket": control_socket,
+            "nbd_socket": host.nbd_socket, "nbd_tcp": nbd_tcp, "uptime_s": monotonic() - host.started,
+            "sr_count": len(host.mounted), "vdi_count": sum(len(m.repository.vdis) for m in host.mounted.values()),
+            "failed_srs": host.failed, "statistics": host.statistics(),
+        }  # fmt: skip
+
+
+def _add_sr_routes(app: FastAPI, host: Host) -> None:
+    def describe(mounted: Mounted) -> dict:
+        return mounted.repository.describe()
+
+    @app.get("/v1/srs", response_model=list[SrOut])
+    async def list_srs() -> list[dict]:
+        """All SRs."""
+        return [describe(mounted) for mounted in host.mounted.values()]
+
+    @app.post("/v1/srs", response_model=SrOut, status_code=201)
+    async def create_sr(body: SrCreate, response: Response) -> dict:
+        """Make an SR."""
+        began = trio.current_time()
+        mounted = await host.create_sr(body.name, body.uuid, body.description, body.sm_config)
+        _timed(response, began)
+        return describe(mounted)
+
+    @app.get("/v1/srs/{sr}", response_model=SrOut)
+    async def show_sr(sr: str) -> dict:
+        """One SR."""
+        return describe(host.find_sr(sr))
+
+    @app.patch("/v1/srs/{sr}", response_model=SrOut)
+    async def update_sr(sr: str, body: SrUpdate, response: Response) -> dict:
+        """Change name, description or sm_config of an SR."""
+        began = trio.current_time()
+        mounted = host.find_sr(sr)
+        mounted.repository.update_self(**_given(body))
+        await mounted.engine.flush()
+        _timed(response, began)
+        return describe(mounted)
+
+    @app.delete("/v1/srs/{sr}", status_code=204)
+    async def delete_sr(sr: str) -> None:
+        """Delete an SR without VDIs."""
+        await host.delete_sr(sr)
+
+
+def _describe_vdi(host: Host, vdi: Vdi) -> dict:
+    return {**vdi.describe(), "nbd_uri": host.uri_of(vdi), "nbd_socket": host.socket_of(vdi)}
+
+
+def _add_vdi_routes(app: FastAPI, host: Host) -> None:
+    @app.get("/v1/vdis", response_model=list[VdiOut])
+    async def list_vdis(sr: str | None = None) -> Response:
+        """All VDIs, snapshots included, of one SR or of all."""
+        vdis = host.find_sr(sr).repository.vdis.values() if sr is not None else host.all_vdis()
+        lines = [_describe_vdi(host, vdi) for vdi in vdis]
+        return Response(json.dumps(lines), media_type="application/json")
+
+    @app.post("/v1/vdis", response_model=VdiOut, status_code=201)
+    async def create_vdi(body: VdiCreate, response: Response) -> dict:
+        """Make an empty disk."""
+        began = trio.current_time()
+        mounted = host.find_sr(body.sr)
+        vdi = mounted.repository.create(**body.model_dump(exclude={"sr"}))
+        host.added(vdi)
+        await mounted.engine.flush()
+        _timed(response, began)
+        return _describe_vdi(host, vdi)
+
+    @app.get("/v1/vdis/{vdi}", response_model=VdiOut)
+    async def show_vdi(vdi: str) -> dict:
+        """One VDI."""
+        return _describe_vdi(host, host.find_vdi(vdi)[1])
+
+    @app.patch("/v1/vdis/{vdi}", response_model=VdiOut)
+    async def update_vdi(vdi: str, body: VdiUpdate, response: Response) -> dict:
+        """Change the metadata of a VDI."""
+        began = trio.current_time()
+        mounted, found = host.find_vdi(vdi)
+        await host.when_unused(found, lambda: mounted.repository.update(found, **_given(body)))
+        await mounted.engine.flush()
+        _timed(response, began)
+        return _describe_vdi(host, found)
+
+    @app.delete("/v1/vdis/{vdi}", status_code=204)
+    async def delete_vdi(vdi: str, response: Response) -> None:
+        """Delete a VDI that nobody is attached to."""
+        began = trio.current_time()
+        await host.delete_vdi(*host.find_vdi(vdi))
+        _timed(response, began)
+
+    @app.post("/v1/vdis/{vdi}/resize", response_model=VdiOut)
+    async def resize_vdi(vdi: str, body: Resize, response: Response) -> dict:
+        """Grow a disk."""
+        began = trio.current_time()
+        mounted, found = host.find_vdi(vdi)
+        mounted.repository.resize(found, body.size_bytes)
+        await mounted.engine.flush()
+        _timed(response, began)
+        return _describe_vdi(host, found)
+
+    @app.post("/v1/vdis/{vdi}/attach", response_model=AttachOut)
+    async def attach_vdi(vdi: str, body: Attach) -> dict:
+        """Attach for a host; the same client again changes nothing."""
+        mounted, found = host.find_vdi(vdi)
+        host.attach_host(mounted, found, body.client, body.writable)
+        return {
+            "nbd_uri": host.uri_of(found), "nbd_socket": host.socket_of(found), "export_name": found.uuid,
+            "size_bytes": found.size_bytes,
+        }  # fmt: skip
+
+    @app.post("/v1/vdis/{vdi}/detach", status_code=204)
+    async def detach_vdi(vdi: str, body: Detach) -> None:
+        """End what attach began; no error if nothing is attached."""
+        mounted, found = host.find_vdi(vdi)
+        host.detach_host(mounted, found, body.client)
+
+
+def _add_history_routes(app: FastAPI, host: Host) -> None:
+    @app.post("/v1/vdis/{vdi}/snapshot", response_model=VdiOut, status_code=201)
+    async def snapshot(vdi: str, response: Response, body: Descend | None = None) -> dict:
+        """Keep the content of a VDI as it is now, attached or not."""
+        began = trio.current_time()
+        mounted, found = host.find_vdi(vdi)
+        new = mounted.repository.snapshot(found, **(body.model_dump() if body else {}))
+        await mounted.engine.flush()
+        _timed(response, began)
+        return _describe_vdi(host, new)
+
+    @app.post("/v1/vdis/{vdi}/clone", response_model=VdiOut, status_code=201)
+    async def clone(vdi: str, response: Response, body: Descend | None = None) -> dict:
+        """Make a disk with the content of a VDI."""
+        began = trio.current_time()
+        mounted, found = host.find_vdi(vdi)
+        new = mounted.repository.clone(found, **(body.model_dump() if body else {}))
+        host.added(new)
+        await mounted.engine.flush()
+        _timed(response, began)
+        return _describe_vdi(host, new)
+
+    @app.post("/v1/vdis/{vdi}/revert", response_model=RevertOut)
+    async def revert(vdi: str, response: Response, body: Revert | None = None) -> dict:
+        """Take the disk of this snapshot back to it; its uuid, location and name stay."""
+        began = trio.current_time()
+        mounted, snapshot = host.find_vdi(vdi)
+        target = body.target if body else None
+        disk = mounted.repository.vdis.get(target or snapshot.snapshot_of or "", snapshot)
+        result = await host.when_unused(disk, lambda: mounted.repository.revert(snapshot, target))
+        await mounted.engine.flush()
+        mounted.engine.wake()
+        _timed(response, began)
+        return {
+            "vdi": _describe_vdi(host, result.vdi), "changed": result.changed, "size_changed": result.size_changed,
+        }  # fmt: skip

@@ -1,0 +1,326 @@
+"""The host: all SRs of one root directory, and the NBD server in front of their VDIs.
+
+    ROOT/lock              one simsrd for a root
+    ROOT/control.sock      HTTP API (simsr.daemon.api)
+    ROOT/nbd.sock          NBD, all VDIs by uuid or unique name
+    ROOT/nbd/<uuid>.sock   NBD, one VDI whatever name the client asks for (tapdisk always asks for the same one)
+    ROOT/sr/<uuid>/        the store of one SR
+
+An SR comes into being under a name that is not a uuid and is renamed when it is whole; it is deleted the other way round. So
+whatever else is in ``sr/`` at the start was left by a crash, and goes.
+
+Every operation here that changes something returns when it is durable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+import socket
+import time
+import uuid as uuid_module
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from urllib.parse import quote
+
+import trio
+
+from nbd_export.handshake import ExportInfo
+from nbd_export.server import NbdServer, listen_unix
+from simsr.daemon.engine import Disk, Engine
+from simsr.errors import Ambiguous, BadRequest, NotFound, SimsrError, SrExists, StoreLocked, VdiInUse
+from simsr.sr.lookup import resolve
+from simsr.sr.repository import Repository, check_text, check_uuid
+from simsr.sr.vdi import Vdi
+from simsr.store.files import DiskDirectory
+from simsr.store.store import Store
+
+__all__ = ["Host", "Mounted"]
+
+log = logging.getLogger("simsr.host")
+
+DETACH_GRACE_S = 0.5
+"""How long an operation that needs a VDI unused waits for connections that are about to end: a client that has just closed its
+socket has, as far as its user can tell, let go of the disk."""
+
+
+@dataclass
+class Mounted:
+    """An SR that is open, with the tasks that serve it."""
+
+    repository: Repository
+    engine: Engine
+    scope: trio.CancelScope
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _new_uuid() -> str:
+    return str(uuid_module.uuid4())
+
+
+class Host:
+    """Everything one simsrd holds. Use: ``async with trio.open_nursery() as n: await n.start(host.run)``."""
+
+    def __init__(self, root: str, nbd_socket: str | None = None) -> None:
+        self.root = os.path.abspath(root)
+        self.nbd_socket = nbd_socket or os.path.join(self.root, "nbd.sock")
+        self.mounted: dict[str, Mounted] = {}
+        self.failed: dict[str, str] = {}  # path of an SR that cannot be opened -> why
+        self.nbd = NbdServer(self)
+        self.started = time.monotonic()
+        self._listeners: dict[str, trio.CancelScope] = {}
+        self._srs_lock = trio.Lock()
+        self._nursery: trio.Nursery
+        self._lock_fd = -1
+
+    # Life.
+
+    def prepare(self) -> None:
+        """Make the directories, take the lock, sweep up what a crash left. Raises OSError, `StoreLocked`."""
+        os.makedirs(self._path("sr"), mode=0o700, exist_ok=True)
+        os.makedirs(self._path("nbd"), exist_ok=True)
+        self._lock_fd = os.open(self._path("lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StoreLocked(path=self.root) from None
+        for name in os.listdir(self._path("sr")):
+            if name.startswith((".new-", ".deleted-")):
+                shutil.rmtree(self._path("sr", name))
+        for name in os.listdir(self._path("nbd")):
+            if name.endswith(".sock"):
+                os.unlink(self._path("nbd", name))
+
+    async def run(self, listeners: Iterable[socket.socket] = (), task_status=trio.TASK_STATUS_IGNORED) -> None:
+        """Open all SRs and serve them until cancelled; then close them, with a checkpoint each."""
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                for name in sorted(os.listdir(self._path("sr"))):
+                    await self._mount_found(self._path("sr", name))
+                for listener in listeners or [listen_unix(self.nbd_socket)]:
+                    nursery.start_soon(self.nbd.serve, listener)
+                task_status.started()
+                await trio.sleep_forever()
+        finally:
+            with trio.CancelScope(shield=True):
+                for mounted in self.mounted.values():
+                    await self._close(mounted)
+            os.close(self._lock_fd)
+
+    def _path(self, *parts: str) -> str:
+        return os.path.join(self.root, *parts)
+
+    async def _mount_found(self, path: str) -> None:
+        try:
+            store = await trio.to_thread.run_sync(Store.open, DiskDirectory(path))
+        except SimsrError as error:
+            log.error("SR not opened: %s. %s", error, error.hint)
+            self.failed[path] = str(error)
+            return
+        recovered = store.recovered
+        if recovered["records_replayed"] or recovered["records_dropped"]:
+            log.info(
+                "%s: %d records replayed, %d of an unflushed tail dropped",
+                path, recovered["records_replayed"], recovered["records_dropped"],
+            )  # fmt: skip
+        await self._mount(store)
+
+    async def _mount(self, store: Store) -> Mounted:
+        repository = Repository(store, _now, _new_uuid)
+        mounted = Mounted(repository, Engine(store), trio.CancelScope())
+        await self._nursery.start(self._serve_engine, mounted)
+        self.mounted[repository.uuid] = mounted
+        for vdi in repository.vdis.values():
+            if not vdi.is_a_snapshot:
+                self._listen(vdi)
+        return mounted
+
+    @staticmethod
+    async def _serve_engine(mounted: Mounted, task_status: trio.TaskStatus) -> None:
+        with mounted.scope:
+            await mounted.engine.run(task_status)
+
+    async def _close(self, mounted: Mounted) -> None:
+        mounted.scope.cancel()
+        try:
+            await trio.to_thread.run_sync(mounted.repository.store.close)
+        except SimsrError as error:
+            log.error("%s", error)
+
+    # Finding.
+
+    def find_sr(self, reference: str | None) -> Mounted:
+        """Return the SR that ``reference`` means; None means the only one there is."""
+        repositories = [mounted.repository for mounted in self.mounted.values()]
+        if reference is None:
+            if len(repositories) == 1:
+                return next(iter(self.mounted.values()))
+            if not repositories:
+                raise BadRequest(what="the request", reason="there is no SR yet; make one with 'simsr sr create NAME'")
+            raise Ambiguous(kind="SR", name="", candidates=", ".join(r.name for r in repositories[:5]))
+        return self.mounted[resolve(reference, "SR", repositories).uuid]
+
+    def find_vdi(self, reference: str) -> tuple[Mounted, Vdi]:
+        """Return the VDI that ``reference`` means, and its SR."""
+        for mounted in self.mounted.values():
+            if vdi := mounted.repository.vdis.get(reference):
+                return mounted, vdi
+        vdi = resolve(reference, "VDI", self.all_vdis())
+        return self.mounted[vdi.sr], vdi
+
+    def all_vdis(self) -> Iterable[Vdi]:
+        for mounted in self.mounted.values():
+            yield from mounted.repository.vdis.values()
+
+    # SRs.
+
+    async def create_sr(self, name: str, uuid: str | None, description: str, sm_config: dict[str, str]) -> Mounted:
+        """Make an SR. Raises `SrExists`, `BadRequest`, `NoSpace`; nothing is left behind then."""
+        uuid = check_uuid(uuid) if uuid else _new_uuid()
+        meta = {
+            "uuid": uuid, "name": check_text("name", name), "description": check_text("description", description),
+            "sm_config": dict(sm_config),
+        }  # fmt: skip
+        if not name:
+            raise BadRequest(what="the name of the SR", reason="it is empty")
+        async with self._srs_lock:
+            final = self._path("sr", uuid)
+            if os.path.exists(final):
+                raise SrExists(name=uuid)
+            if any(mounted.repository.name == name for mounted in self.mounted.values()):
+                raise SrExists(name=name)
+            store = await trio.to_thread.run_sync(self._make_store, uuid, meta, final)
+            return await self._mount(store)
+
+    def _make_store(self, uuid: str, meta: dict, final: str) -> Store:
+        temporary = self._path("sr", f".new-{uuid}")
+        try:
+            directory = DiskDirectory(temporary)
+            store = Store.create(directory, uuid_module.UUID(uuid).bytes, meta=meta)
+            store.flush()
+            directory.rename(final)
+            self._sync_directory()
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        return store
+
+    def _sync_directory(self) -> None:
+        fd = os.open(self._path("sr"), os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    async def delete_sr(self, reference: str) -> None:
+        """Delete an empty SR and its files. Raises `SrNotEmpty`, `SrInUse`."""
+        async with self._srs_lock:
+            mounted = self.find_sr(reference)
+            mounted.repository.check_deletable()
+            del self.mounted[mounted.repository.uuid]
+            mounted.scope.cancel()
+            await trio.to_thread.run_sync(self._remove_store, mounted.repository.store)
+
+    def _remove_store(self, store: Store) -> None:
+        store.abandon()
+        gone = self._path("sr", f".deleted-{store.uuid}")
+        os.rename(store.directory.path, gone)
+        self._sync_directory()
+        shutil.rmtree(gone)
+
+    # VDIs.
+
+    async def when_unused(self, vdi: Vdi, operation: Callable[[], object]) -> object:
+        """Do ``operation``; if clients are attached to ``vdi``, give those that are leaving a moment to do so."""
+        deadline = trio.current_time() + DETACH_GRACE_S
+        while True:
+            try:
+                return operation()
+            except VdiInUse:
+                leaving = all(attachment.kind == "nbd" for attachment in vdi.attachments.values())
+                if not leaving or trio.current_time() > deadline:
+                    raise
+            await trio.sleep(0.005)
+
+    async def delete_vdi(self, mounted: Mounted, vdi: Vdi) -> None:
+        await self.when_unused(vdi, lambda: mounted.repository.delete(vdi))
+        self._stop_listening(vdi)
+        mounted.engine.wake()
+        await mounted.engine.flush()
+
+    def added(self, vdi: Vdi) -> None:
+        """Serve a VDI that has just been made."""
+        if not vdi.is_a_snapshot:
+            self._listen(vdi)
+
+    def attach_host(self, mounted: Mounted, vdi: Vdi, client: str, writable: bool) -> None:
+        """Attach for a host (SMAPI); a snapshot gets its own socket then."""
+        mounted.repository.attach(vdi, client, client, writable, "attach")
+        self._listen(vdi)
+
+    def detach_host(self, mounted: Mounted, vdi: Vdi, client: str) -> None:
+        mounted.repository.detach(vdi, client)
+        if vdi.is_a_snapshot and not vdi.attachments:
+            self._stop_listening(vdi)
+
+    def socket_of(self, vdi: Vdi) -> str:
+        return self._path("nbd", f"{vdi.uuid}.sock")
+
+    def uri_of(self, vdi: Vdi) -> str:
+        return f"nbd+unix:///{vdi.uuid}?socket={quote(self.nbd_socket)}"
+
+    def _listen(self, vdi: Vdi) -> None:
+        if vdi.uuid in self._listeners:
+            return
+        try:
+            listener = listen_unix(self.socket_of(vdi))
+        except OSError as error:
+            log.error("VDI %s gets no socket of its own: %s", vdi.uuid, error)
+            return
+        self._listeners[vdi.uuid] = trio.CancelScope()
+        self._nursery.start_soon(self._serve_one, vdi.uuid, listener)
+
+    async def _serve_one(self, uuid: str, listener: socket.socket) -> None:
+        with self._listeners[uuid], listener:
+            await self.nbd.serve(listener, fixed_export=uuid)
+
+    def _stop_listening(self, vdi: Vdi) -> None:
+        if scope := self._listeners.pop(vdi.uuid, None):
+            scope.cancel()
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.socket_of(vdi))
+
+    # What the NBD server asks (nbd_export.disk.Disks).
+
+    def find(self, name: str) -> ExportInfo | None:
+        try:
+            if name:
+                _, vdi = self.find_vdi(name)
+            else:
+                (vdi,) = self.all_vdis()
+        except (NotFound, Ambiguous, ValueError):
+            return None
+        return ExportInfo(vdi.uuid, vdi.size_bytes, vdi.read_only, vdi.name.encode()[:256].decode(errors="ignore"))
+
+    def names(self) -> Iterable[str]:
+        return [vdi.uuid for vdi in self.all_vdis()]
+
+    def attach(self, name: str, client: str) -> Disk:
+        mounted, vdi = self.find_vdi(name)
+        key = object()
+        mounted.repository.attach(vdi, key, client, not vdi.read_only, "nbd")
+        return Disk(mounted.engine, vdi.volume, lambda: mounted.repository.detach(vdi, key))
+
+    def statistics(self) -> dict[str, object]:
+        return {
+            "nbd": self.nbd.statistics(),
+            "srs": {uuid: mounted.engine.statistics() for uuid, mounted in self.mounted.items()},
+        }

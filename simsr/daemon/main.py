@@ -1,0 +1,152 @@
+"""``simsrd``: arguments, signals, and the order in which things start and stop."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import resource
+import signal
+import socket
+import stat
+import sys
+
+import trio
+from hypercorn.config import Config
+from hypercorn.trio import serve
+
+from nbd_export.server import listen_tcp, listen_unix
+from simsr import __version__
+from simsr.daemon.api import make_app
+from simsr.daemon.host import Host
+from simsr.daemon.systemd import listen_fds, notify
+from simsr.errors import BadRequest, SimsrError
+
+__all__ = ["main"]
+
+SWITCH_INTERVAL_S = 0.0005
+"""How long a worker thread may keep Python's interpreter lock while trio's thread wants it. The default of 5 ms is the worst
+delay that a checkpoint could add to a request."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="simsrd", description="The simsr daemon: copy-on-write disks over NBD.")
+    parser.add_argument("--root", required=True, metavar="DIR", help="where everything is kept; made if missing")
+    parser.add_argument("--socket", metavar="PATH", help="control socket (default: DIR/control.sock)")
+    parser.add_argument("--nbd-socket", metavar="PATH", help="NBD socket for all VDIs (default: DIR/nbd.sock)")
+    parser.add_argument("--nbd-tcp", metavar="HOST:PORT", help="serve NBD on TCP too; loopback addresses only")
+    parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    parser.add_argument("--version", action="version", version=f"simsrd {__version__}")
+    return parser
+
+
+def _split_address(text: str) -> tuple[str, int]:
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isdigit() or not 0 <= int(port) < 65536:
+        raise BadRequest(what=f"--nbd-tcp {text}", reason="it is not of the form HOST:PORT")
+    return host.strip("[]"), int(port)
+
+
+def _sort_passed(fds: list[int]) -> tuple[int | None, list[socket.socket]]:
+    """systemd's sockets: the one whose path ends in control.sock (or the first unix one) is for control, the others for NBD."""
+    control, others = None, []
+    for fd in fds:
+        sock = socket.socket(fileno=fd)
+        sock.setblocking(False)
+        name = sock.getsockname()
+        if control is None and sock.family == socket.AF_UNIX and (len(fds) == 1 or str(name).endswith("control.sock")):
+            control = sock.detach()
+        else:
+            others.append(sock)
+    return control, others
+
+
+def _listeners(arguments: argparse.Namespace, host: Host, passed: list[socket.socket]) -> tuple[list[socket.socket], str | None]:
+    listeners, tcp = list(passed), None
+    if not any(sock.family == socket.AF_UNIX for sock in passed):
+        listeners.append(listen_unix(host.nbd_socket))
+    for sock in passed:
+        if sock.family != socket.AF_UNIX and not str(sock.getsockname()[0]).startswith(("127.", "::1")):
+            raise BadRequest(what="the TCP socket from systemd", reason="plain NBD is served on loopback addresses only")
+    if arguments.nbd_tcp:
+        try:
+            sock = listen_tcp(*_split_address(arguments.nbd_tcp))
+        except ValueError as error:
+            raise BadRequest(what=f"--nbd-tcp {arguments.nbd_tcp}", reason=str(error)) from None
+        listeners.append(sock)
+        tcp = "{}:{}".format(*sock.getsockname()[:2])
+    return listeners, tcp
+
+
+def _free_socket_path(path: str) -> None:
+    if len(os.fsencode(path)) > 107:
+        raise BadRequest(what=f"control socket {path}", reason="the path of a unix socket may have at most 107 bytes")
+    if os.path.lexists(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
+        raise BadRequest(what=f"control socket {path}", reason="something else is there")
+
+
+async def _serve(arguments: argparse.Namespace) -> None:
+    control_fd, passed = _sort_passed(listen_fds())
+    if control_fd is not None and arguments.socket:
+        raise BadRequest(what="--socket", reason="systemd passed the control socket already")
+    host = Host(arguments.root, arguments.nbd_socket)
+    host.prepare()
+    control = None if control_fd is not None else os.path.abspath(arguments.socket or os.path.join(host.root, "control.sock"))
+    if control is not None:
+        _free_socket_path(control)
+    listeners, tcp = _listeners(arguments, host, passed)
+    config = Config()
+    config.bind = [f"unix:{control}" if control else f"fd://{control_fd}"]
+    config.umask = 0o077
+    config.loglevel = "WARNING"
+    config.graceful_timeout = 1.0
+    stop = trio.Event()
+    try:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(host.run, listeners)
+            app = make_app(host, control, tcp)
+            await nursery.start(_serve_api, app, config, stop)
+            print(f"simsrd: ready, control socket {control or 'from systemd'}", flush=True)
+            notify("READY=1")
+            with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+                async for _ in signals:
+                    break
+            notify("STOPPING=1")
+            stop.set()
+            nursery.cancel_scope.cancel()
+    finally:
+        for path in (control, host.nbd_socket):
+            if path and os.path.exists(path):
+                os.unlink(path)
+
+
+async def _serve_api(app, config: Config, stop: trio.Event, task_status=trio.TASK_STATUS_IGNORED) -> None:
+    await serve(app, config, shutdown_trigger=stop.wait, task_status=task_status)
+
+
+def _first_error(group: BaseExceptionGroup) -> BaseException:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def main() -> None:
+    """Entry of ``simsrd``: exit status 0 after a clean stop, the error's own otherwise."""
+    arguments = _parser().parse_args()
+    logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    os.umask(0o077)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
+        trio.run(_serve, arguments)
+    except* (SimsrError, OSError) as group:
+        error = _first_error(group)
+        hint = f"\nHint: {error.hint}" if isinstance(error, SimsrError) and error.hint else ""
+        print(f"simsrd: {error}{hint}", file=sys.stderr)
+        sys.exit(getattr(error, "exit_code", 1))
+
+
+if __name__ == "__main__":
+    main()

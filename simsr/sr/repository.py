@@ -1,0 +1,284 @@
+"""A storage repository: the VDIs of one store, and the rules for changing them.
+
+Every change is one record of the log (`Store.commit`): it happens wholly or not at all, in the same order as the writes
+around it, and is durable after the next flush, which the caller owes. Nothing here waits; the clock and the source of
+uuids are handed in.
+
+Revert, in mode ``reset`` (research/revert_semantics.md 4.1): the disk takes over the content and the size of the snapshot;
+its uuid, location, name, links and everything else stay; so does the snapshot. It costs one record, whatever the size.
+A disk whose content is the snapshot's own map already is left alone.
+
+Invariants (`_check`): uuids are unique; a snapshot's map never changes; no VDI is attached twice for writing by different
+hosts unless it is sharable.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from simsr.errors import BadRequest, BadSize, NotASnapshot, NotFound, ShrinkRefused, SnapshotOfOther
+from simsr.errors import SrInUse, SrNotEmpty, VdiExists, VdiInUse, VdiReadOnly
+from simsr.sr.vdi import VDI_TYPES, Attachment, Vdi
+from simsr.store.store import Create, Delete, Reset, Resize, SetMeta, Store
+
+__all__ = ["Repository", "Reverted", "check_uuid", "check_text", "SIZE_MAX_BYTES", "SECTOR_BYTES"]
+
+SECTOR_BYTES = 512
+SIZE_MAX_BYTES = 1 << 48  # what the map's 36-bit block numbers address; LARGE_VDI of XenAPI ends far below
+TEXT_MAX = 4096
+SM_CONFIG_MAX = 32768
+
+_UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
+
+
+@dataclass(frozen=True)
+class Reverted:
+    """What a revert did. ``changed`` is False when the disk was at the snapshot already."""
+
+    vdi: Vdi
+    changed: bool
+    size_changed: bool
+
+
+def check_uuid(text: str) -> str:
+    """Return ``text`` in lower case. Raises `BadRequest` unless it is a uuid."""
+    lower = text.lower()
+    if not _UUID.fullmatch(lower):
+        raise BadRequest(what=f"uuid {text!r}", reason="it is not of the form 8-4-4-4-12 hexadecimal digits")
+    return lower
+
+
+def check_text(what: str, text: str) -> str:
+    """Return ``text``. Raises `BadRequest` if it is too long or holds a NUL."""
+    if len(text.encode(errors="surrogatepass")) > TEXT_MAX or "\0" in text:
+        raise BadRequest(what=what, reason=f"it must have no NUL and at most {TEXT_MAX} bytes of UTF-8")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadRequest(what=what, reason="it is not valid Unicode") from None
+    return text
+
+
+def _check_sm_config(sm_config: dict[str, str]) -> dict[str, str]:
+    if sum(len(key.encode()) + len(value.encode()) for key, value in sm_config.items()) > SM_CONFIG_MAX:
+        raise BadRequest(what="sm_config", reason=f"it is larger than {SM_CONFIG_MAX} bytes")
+    return dict(sm_config)
+
+
+def _round_size(size_bytes: int) -> int:
+    if not 0 < size_bytes <= SIZE_MAX_BYTES:
+        raise BadSize(size=size_bytes, reason=f"a disk has 1 to {SIZE_MAX_BYTES} bytes")
+    return -(-size_bytes // SECTOR_BYTES) * SECTOR_BYTES
+
+
+class Repository:
+    """One SR.
+
+    VDIs:       `create`, `delete`, `resize`, `update`, `get`, ``vdis``
+    History:    `snapshot`, `clone`, `revert`
+    Use:        `attach`, `detach`
+    Itself:     `describe`, `update_self`, `check_deletable`
+    """
+
+    def __init__(self, store: Store, now: Callable[[], str], new_uuid: Callable[[], str]) -> None:
+        self.store = store
+        self._now, self._new_uuid = now, new_uuid
+        self.vdis: dict[str, Vdi] = {}
+        for volume in store.volumes.values():
+            self.vdis[volume.meta["uuid"]] = Vdi(volume, self.uuid)
+
+    @property
+    def uuid(self) -> str:
+        return str(self.store.uuid)
+
+    @property
+    def name(self) -> str:
+        return self.store.meta["name"]
+
+    # VDIs.
+
+    def get(self, uuid: str) -> Vdi:
+        """Return the VDI of that uuid. Raises `NotFound`."""
+        try:
+            return self.vdis[uuid]
+        except KeyError:
+            raise NotFound(kind="VDI", name=uuid) from None
+
+    def create(
+        self, size_bytes: int, *, uuid: str | None = None, name: str = "", description: str = "", type: str = "user",
+        sharable: bool = False, read_only: bool = False, sm_config: dict[str, str] | None = None,
+    ) -> Vdi:  # fmt: skip
+        """Make an empty disk; its size is rounded up to whole sectors. Raises `BadRequest`, `BadSize`, `VdiExists`."""
+        if type not in VDI_TYPES:
+            raise BadRequest(what=f"VDI type {type!r}", reason=f"it is none of {', '.join(sorted(VDI_TYPES))}")
+        return self._add(
+            _round_size(size_bytes), None, uuid, name=check_text("name", name), sharable=sharable, read_only=read_only,
+            description=check_text("description", description), type=type, sm_config=_check_sm_config(sm_config or {}),
+            snapshot_of=None, snapshot_time=None,
+        )  # fmt: skip
+
+    def _add(self, size_bytes: int, source: Vdi | None, uuid: str | None, **meta: object) -> Vdi:
+        uuid = check_uuid(uuid) if uuid else self._new_uuid()
+        if uuid in self.vdis:
+            raise VdiExists(uuid=uuid)
+        family = source.family if source else uuid
+        meta = {"uuid": uuid, "family": family, "created_time": self._now(), "managed": True, **meta}
+        ident = self.store.new_ident()
+        self.store.commit([Create(ident, size_bytes, meta, source.volume.ident if source else None)])
+        vdi = self.vdis[uuid] = Vdi(self.store.volumes[ident], self.uuid)
+        return vdi
+
+    def delete(self, vdi: Vdi) -> None:
+        """Remove a VDI; its snapshots and clones stay as they are. Raises `VdiInUse`."""
+        self._refuse_if_used(vdi, "delete")
+        self.store.commit([Delete(vdi.volume.ident)])
+        del self.vdis[vdi.uuid]
+
+    def resize(self, vdi: Vdi, size_bytes: int) -> None:
+        """Grow a disk, attached or not; clients see it when they connect anew. Raises `ShrinkRefused`, `VdiReadOnly`."""
+        size_bytes = _round_size(size_bytes)
+        if vdi.read_only:
+            raise VdiReadOnly(uuid=vdi.uuid)
+        if size_bytes < vdi.size_bytes:
+            raise ShrinkRefused(uuid=vdi.uuid, old_bytes=vdi.size_bytes, size=size_bytes)
+        if size_bytes > vdi.size_bytes:
+            self.store.commit([Resize(vdi.volume.ident, size_bytes)])
+
+    def update(self, vdi: Vdi, **changes: object) -> None:
+        """Change any of name, description, sm_config, managed, read_only, sharable."""
+        meta = self._changed(vdi.volume.meta, changes)
+        if meta != vdi.volume.meta:
+            if meta["read_only"] and not vdi.read_only:
+                self._refuse_if_used(vdi, "make read-only")
+            self.store.commit([SetMeta(vdi.volume.ident, meta)])
+
+    def _changed(self, meta: dict, changes: dict) -> dict:
+        for key in ("name", "description"):
+            if key in changes:
+                check_text(key, changes[key])
+        if "sm_config" in changes:
+            changes["sm_config"] = _check_sm_config(changes["sm_config"])
+        unknown = changes.keys() - meta.keys()
+        if unknown:
+            raise BadRequest(what=", ".join(sorted(unknown)), reason="there is no such field")
+        return {**meta, **changes}
+
+    # History.
+
+    def snapshot(
+        self, vdi: Vdi, *, uuid: str | None = None, name: str | None = None, description: str | None = None,
+        sm_config: dict[str, str] | None = None,
+    ) -> Vdi:  # fmt: skip
+        """Keep the content of ``vdi`` as it is now, attached or not, in a VDI that never changes. O(1)."""
+        return self._descend(vdi, uuid, name, description, sm_config, snapshot_of=vdi.uuid, snapshot_time=self._now())
+
+    def clone(
+        self, vdi: Vdi, *, uuid: str | None = None, name: str | None = None, description: str | None = None,
+        sm_config: dict[str, str] | None = None,
+    ) -> Vdi:  # fmt: skip
+        """Make a disk with the content of ``vdi``, which may be a snapshot. O(1)."""
+        return self._descend(vdi, uuid, name, description, sm_config, snapshot_of=None, snapshot_time=None)
+
+    def _descend(
+        self, vdi: Vdi, uuid: str | None, name: str | None, description: str | None, sm_config: dict | None, **meta: object
+    ) -> Vdi:
+        old = vdi.volume.meta
+        return self._add(
+            vdi.size_bytes, vdi, uuid,
+            name=old["name"] if name is None else check_text("name", name),
+            description=old["description"] if description is None else check_text("description", description),
+            type=old["type"], sharable=False, read_only=False,
+            sm_config=dict(old["sm_config"]) if sm_config is None else _check_sm_config(sm_config), **meta,
+        )  # fmt: skip
+
+    def revert(self, snapshot: Vdi, target: str | None = None) -> Reverted:
+        """Take the disk that ``snapshot`` was made of back to it. O(1), and atomic.
+
+        ``target``: the uuid of the disk, where the caller knows better than the snapshot's link. xapi moves these links when
+        it reverts by cloning; so any disk of the same family is accepted, and no other.
+
+        Raises `NotASnapshot`, `SnapshotOfOther`, `NotFound` (the disk is gone), `VdiInUse`, with nothing changed.
+        """
+        if not snapshot.is_a_snapshot:
+            raise NotASnapshot(uuid=snapshot.uuid)
+        vdi = self.get(check_uuid(target) if target else snapshot.snapshot_of)
+        if vdi.uuid != snapshot.snapshot_of and (vdi.family != snapshot.family or vdi.is_a_snapshot):
+            raise SnapshotOfOther(snapshot=snapshot.uuid, origin=snapshot.snapshot_of, target=vdi.uuid)
+        self._refuse_if_used(vdi, "revert")
+        ours, theirs = vdi.volume, snapshot.volume
+        size_changed = ours.size_bytes != theirs.size_bytes
+        changed = size_changed or ours.map.root is not theirs.map.root
+        if changed:
+            self.store.commit([Reset(ours.ident, theirs.ident)])
+        return Reverted(vdi, changed, size_changed)
+
+    # Use.
+
+    def attach(self, vdi: Vdi, key: object, client: str, writable: bool, kind: str) -> None:
+        """Note that ``client`` uses ``vdi``; ``key`` identifies this use. The same key again replaces it.
+
+        Raises `VdiReadOnly`, or `VdiInUse` when another host has it and one of the two writes (unless it is sharable).
+        Connections are not told apart by host, so they do not exclude each other.
+        """
+        if writable and vdi.read_only:
+            raise VdiReadOnly(uuid=vdi.uuid)
+        if kind == "attach" and not vdi.volume.meta["sharable"]:
+            for other_key, other in vdi.attachments.items():
+                if other.kind == "attach" and other_key != key and (other.writable or writable):
+                    raise VdiInUse(operation="attach", uuid=vdi.uuid, by=other.client)
+        vdi.attachments[key] = Attachment(client, writable, kind)
+
+    def detach(self, vdi: Vdi, key: object) -> None:
+        """Note that the use ``key`` has ended; nothing happens if there is none."""
+        vdi.attachments.pop(key, None)
+
+    @staticmethod
+    def _refuse_if_used(vdi: Vdi, operation: str) -> None:
+        if vdi.attachments:
+            raise VdiInUse(operation=operation, uuid=vdi.uuid, by=vdi.used_by)
+
+    # Itself.
+
+    def update_self(self, **changes: object) -> None:
+        """Change any of name, description, sm_config of the SR."""
+        meta = self._changed(self.store.meta, changes)
+        if meta != self.store.meta:
+            self.store.commit([SetMeta(0, meta)])
+
+    def check_deletable(self) -> None:
+        """Raise `SrNotEmpty` or `SrInUse` if the SR cannot be deleted."""
+        for vdi in self.vdis.values():
+            if vdi.attachments:
+                raise SrInUse(name=self.name, by=f"VDI {vdi.uuid} is attached by {vdi.used_by}")
+        if self.vdis:
+            raise SrNotEmpty(name=self.name, count=len(self.vdis))
+
+    def describe(self) -> dict:
+        """Everything there is to tell, as JSON has it."""
+        statistics = self.store.statistics()
+        snapshots = sum(vdi.is_a_snapshot for vdi in self.vdis.values())
+        used = statistics["live_bytes"] + statistics["map_bytes"]
+        in_files = statistics["segments"] * statistics["segment_bytes"] + statistics["map_bytes"]
+        return {
+            "uuid": self.uuid,
+            "name": self.name,
+            "description": self.store.meta["description"],
+            "sm_config": self.store.meta["sm_config"],
+            "path": self.store.directory.path,
+            "physical_size_bytes": in_files + self.store.directory.free_bytes(),
+            "physical_utilisation_bytes": used,
+            "virtual_allocation_bytes": sum(vdi.size_bytes for vdi in self.vdis.values()),
+            "vdi_count": len(self.vdis),
+            "snapshot_count": snapshots,
+            "statistics": statistics,
+        }
+
+    def _check(self) -> None:
+        """Verify the invariants; for tests."""
+        assert {vdi.volume.ident for vdi in self.vdis.values()} == set(self.store.volumes), "VDIs and volumes differ"
+        for uuid, vdi in self.vdis.items():
+            assert vdi.uuid == uuid and self.store.volumes[vdi.volume.ident] is vdi.volume
+            writers = {key for key, a in vdi.attachments.items() if a.kind == "attach" and a.writable}
+            assert len(writers) <= 1 or vdi.volume.meta["sharable"], f"{uuid} has {len(writers)} writers"

@@ -1,0 +1,97 @@
+"""A VDI: an identity (uuid = location, name, links) with content, which is a volume of the store.
+
+What has to survive is in ``volume.meta``, so it is in the log and ordered against writes. Who is attached is not: it ends
+with the daemon.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from simsr.store.volume import Volume
+
+__all__ = ["Vdi", "Attachment", "VDI_TYPES"]
+
+VDI_TYPES = frozenset(
+    "user system suspend crashdump ha_statefile metadata redo_log rrd pvs_cache cbt_metadata ephemeral".split()
+)
+"""XenAPI's vdi_type."""
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """Somebody who uses a VDI. ``kind`` is "nbd" for a connection, "attach" for a host that asked for it."""
+
+    client: str
+    writable: bool
+    kind: str
+
+
+class Vdi:
+    """One VDI. Properties are read from the volume; `Repository` changes them."""
+
+    def __init__(self, volume: Volume, sr: str) -> None:
+        self.volume = volume
+        self.sr = sr
+        self.attachments: dict[object, Attachment] = {}
+
+    @property
+    def uuid(self) -> str:
+        return self.volume.meta["uuid"]
+
+    @property
+    def name(self) -> str:
+        return self.volume.meta["name"]
+
+    @property
+    def size_bytes(self) -> int:
+        return self.volume.size_bytes
+
+    @property
+    def is_a_snapshot(self) -> bool:
+        return self.volume.meta["snapshot_of"] is not None
+
+    @property
+    def snapshot_of(self) -> str | None:
+        """The uuid of the disk it was taken of; that disk may be gone."""
+        return self.volume.meta["snapshot_of"]
+
+    @property
+    def family(self) -> str:
+        """The uuid of the VDI that it descends from by snapshots and clones."""
+        return self.volume.meta["family"]
+
+    @property
+    def read_only(self) -> bool:
+        """Whether its content cannot change: snapshots, and disks marked so."""
+        return self.is_a_snapshot or self.volume.meta["read_only"]
+
+    @property
+    def used_by(self) -> str:
+        """Who is attached, in words."""
+        return ", ".join(sorted(attachment.client for attachment in self.attachments.values()))
+
+    def describe(self) -> dict:
+        """Everything there is to tell, as JSON has it."""
+        meta = self.volume.meta
+        return {
+            "uuid": meta["uuid"],
+            "location": meta["uuid"],
+            "sr": self.sr,
+            "name": meta["name"],
+            "description": meta["description"],
+            "type": meta["type"],
+            "size_bytes": self.size_bytes,
+            "physical_utilisation_bytes": self.volume.mapped_bytes,
+            "is_a_snapshot": self.is_a_snapshot,
+            "snapshot_of": meta["snapshot_of"],
+            "snapshot_time": meta["snapshot_time"],
+            "created_time": meta["created_time"],
+            "read_only": self.read_only,
+            "sharable": meta["sharable"],
+            "managed": meta["managed"],
+            "sm_config": meta["sm_config"],
+            "attached": [
+                {"client": a.client, "writable": a.writable, "kind": a.kind} for a in self.attachments.values()
+            ],
+        }
