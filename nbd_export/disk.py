@@ -31,6 +31,9 @@ class Disk(Protocol):
     async def write_rest(self, batch: Sequence[Write], start: int) -> None:
         """Write ``batch[start:]``, waiting where that is needed."""
 
+    def is_durable(self) -> bool:
+        """Whether `flush` has nothing to do."""
+
     async def flush(self) -> None:
         """Make every write answered so far durable."""
 

@@ -97,6 +97,11 @@ _Piece = tuple[Request, int, int, bool]
 """(request, offset in bytes, length in bytes, whether it is the last of its request)"""
 
 
+def _is_answer(error: Exception) -> bool:
+    """Whether an exception is one to answer a request with, and not a bug."""
+    return isinstance(error, OSError) or hasattr(error, "nbd_errno")
+
+
 class NbdServer:
     """Serves ``disks`` on any number of listening sockets."""
 
@@ -178,6 +183,8 @@ class _Connection:
         self._slow = trio.Semaphore(_SLOW_MAX)
         self._spin_ns = _SPIN_MIN_NS
         self._turn_began_ns = 0
+        self._flushes_waiting: list[Request] = []
+        self._flush_task_runs = False
         self._disk: Disk
         self._negotiated: Negotiated
         self._nursery: trio.Nursery
@@ -294,7 +301,8 @@ class _Connection:
         reads: list[Request] = []
         writes: list[Write] = []
         written: list[Request] = []
-        refused: list[tuple[Request, int, str]] = []
+        flushes: list[Request] = []
+        answers: list[bytes] = []
         size, going_on = self._size_bytes, True
         for request in batch:
             command, flags, _, offset, length, payload = request
@@ -304,7 +312,7 @@ class _Connection:
                 going_on = False
                 break
             elif problem := self._problem(request):
-                refused.append((request, *problem))
+                answers.append(self._error(request, *problem))
             elif command == c.NBD_CMD_READ:
                 reads.append(request)
             elif command == c.NBD_CMD_WRITE:
@@ -318,17 +326,19 @@ class _Connection:
                 writes.append((start, max(0, end - start), None))
                 written.append(request)
             elif command == c.NBD_CMD_FLUSH:
-                await self._later(self._flush_and_answer, [request])
+                flushes.append(request)
             elif command == c.NBD_CMD_CACHE:
                 await self._later(self._prefetch_and_answer, request)
             else:
-                await self._send(self._block_status(request))
+                answers.append(self._block_status(request))
         if written:
-            await self._write(writes, written)
+            await self._write(writes, written, answers, flushes)
+        if flushes:
+            self._flush(flushes, answers)
+        if answers:
+            await self._send(answers[0] if len(answers) == 1 else b"".join(answers))
         if reads:
             await self._read(reads)
-        for request, error, text in refused:
-            await self._send(self._error(request, error, text))
         return going_on
 
     def _problem(self, request: Request) -> tuple[int, str] | None:
@@ -359,15 +369,19 @@ class _Connection:
     async def _later(self, work: Callable[..., Awaitable[None]], *arguments: object) -> None:
         """Run ``work`` in a task of its own; waits while too many are under way for this client."""
         await self._slow.acquire()
-        self._nursery.start_soon(self._slow_task, work, *arguments)
+        self._nursery.start_soon(self._slow_task, self._limited, work, *arguments)
+
+    async def _limited(self, work: Callable[..., Awaitable[None]], *arguments: object) -> None:
+        try:
+            await work(*arguments)
+        finally:
+            self._slow.release()
 
     async def _slow_task(self, work: Callable[..., Awaitable[None]], *arguments: object) -> None:
         try:
             await work(*arguments)
-        except (BrokenPipeError, ConnectionError) as error:
-            log.info("%s: lost before its answer: %s", self._client, error)
-        finally:
-            self._slow.release()
+        except ConnectionError as error:
+            log.info("%s: gone before its answer: %s", self._client, error)
 
     def _error(self, request: Request, error: int, text: str) -> bytes:
         if self._structured and request.command in (c.NBD_CMD_READ, c.NBD_CMD_BLOCK_STATUS):
@@ -381,37 +395,51 @@ class _Connection:
 
     # Writing.
 
-    async def _write(self, writes: list[Write], requests: list[Request]) -> None:
-        answers = []
+    async def _write(
+        self, writes: list[Write], requests: list[Request], answers: list[bytes], flushes: list[Request]
+    ) -> None:
+        """Write; what is done goes into ``answers``, what has to be durable first into ``flushes``."""
         try:
             done = self._disk.write(writes)
             if done < len(writes):
                 await self._disk.write_rest(writes, done)
         except Exception as error:
-            if not (isinstance(error, OSError) or hasattr(error, "nbd_errno")):
+            if not _is_answer(error):
                 raise
-            answers = [self._failure(request, error) for request in requests]
-        else:
-            waiting = []
-            for request in requests:
-                if request.flags & c.NBD_CMD_FLAG_FUA:
-                    waiting.append(request)
-                else:
-                    answers.append(SIMPLE_REPLY.pack(c.NBD_SIMPLE_REPLY_MAGIC, 0, request.cookie))
-            if waiting:
-                await self._later(self._flush_and_answer, waiting)
-        if answers:
-            await self._send(b"".join(answers) if len(answers) > 1 else answers[0])
+            answers += [self._failure(request, error) for request in requests]
+            return
+        pack, magic = SIMPLE_REPLY.pack, c.NBD_SIMPLE_REPLY_MAGIC
+        for request in requests:
+            if request.flags & c.NBD_CMD_FLAG_FUA:
+                flushes.append(request)
+            else:
+                answers.append(pack(magic, 0, request.cookie))
 
-    async def _flush_and_answer(self, requests: list[Request]) -> None:
+    def _flush(self, requests: list[Request], answers: list[bytes]) -> None:
+        """Answer at once if everything is durable; else leave it to the flushing task, which serves all that wait."""
+        if self._disk.is_durable():
+            answers += [SIMPLE_REPLY.pack(c.NBD_SIMPLE_REPLY_MAGIC, 0, request.cookie) for request in requests]
+            return
+        if not self._flushes_waiting and not self._flush_task_runs:
+            self._flush_task_runs = True
+            self._nursery.start_soon(self._slow_task, self._answer_flushes)
+        self._flushes_waiting += requests
+
+    async def _answer_flushes(self) -> None:
         try:
-            await self._disk.flush()
-        except Exception as error:
-            if not (isinstance(error, OSError) or hasattr(error, "nbd_errno")):
-                raise
-            await self._send(b"".join(self._failure(request, error) for request in requests))
-        else:
-            await self._send(b"".join(SIMPLE_REPLY.pack(c.NBD_SIMPLE_REPLY_MAGIC, 0, r.cookie) for r in requests))
+            while self._flushes_waiting:
+                requests, self._flushes_waiting = self._flushes_waiting, []
+                try:
+                    await self._disk.flush()
+                except Exception as error:
+                    if not _is_answer(error):
+                        raise
+                    await self._send(b"".join(self._failure(request, error) for request in requests))
+                else:
+                    done = [SIMPLE_REPLY.pack(c.NBD_SIMPLE_REPLY_MAGIC, 0, request.cookie) for request in requests]
+                    await self._send(b"".join(done))
+        finally:
+            self._flush_task_runs = False
 
     # Reading.
 
@@ -462,7 +490,7 @@ class _Connection:
         try:
             cold = self._disk.read(batch)
         except Exception as error:
-            if not (isinstance(error, OSError) or hasattr(error, "nbd_errno")):
+            if not _is_answer(error):
                 raise
             cold = list(range(len(pieces)))  # repeated one by one below, so that each gets its own answer
         if not cold:
@@ -493,7 +521,7 @@ class _Connection:
         try:
             await self._disk.read_cold(offset, answer[header_bytes:])
         except Exception as error:
-            if not (isinstance(error, OSError) or hasattr(error, "nbd_errno")):
+            if not _is_answer(error):
                 raise
             await self._send(self._failure(request, error))
             return
@@ -511,7 +539,7 @@ class _Connection:
         try:
             await self._disk.prefetch(request.offset, request.length)
         except Exception as error:
-            if not (isinstance(error, OSError) or hasattr(error, "nbd_errno")):
+            if not _is_answer(error):
                 raise
             await self._send(self._failure(request, error))
         else:

@@ -1,29 +1,26 @@
 """``simsr run``: a daemon with one VDI that live exactly as long as a command.
 
-The daemon is a child in a process group of its own, so that a Ctrl-C at the terminal ends the command and not the
-disk under it; the kernel ends it should simsr itself be killed. The command stays in our group and has the terminal.
-While it runs we only wait for signals: one from the terminal has reached the command already, any other is passed on.
+The daemon is out of reach of a Ctrl-C at the terminal, which ends the command and not the disk under it. The command
+stays in our process group and has the terminal. While it runs we only wait for signals: one that the terminal sent has
+reached the command already, any other is passed on.
 Whatever happens, the VDI, the daemon and a temporary root are gone in the end, in this order.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import select
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
-import time
 import uuid
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import Any
 
+from simsr.cli.child_daemon import ChildDaemon, short_temporary_directory
 from simsr.cli.client import Client
-from simsr.cli.failures import FileFailure, StartFailed
+from simsr.cli.failures import FileFailure
 from simsr.cli.output import complain
 from simsr.cli.transfer import delete_when_free, undisturbed
 from simsr.errors import SimsrError
@@ -31,14 +28,7 @@ from simsr.errors import SimsrError
 __all__ = ["run_captive"]
 
 SR_NAME = "run"
-READY_LINE = "simsrd: ready, control socket "
-START_TIMEOUT_S = 60.0
-STOP_TIMEOUT_S = 10.0
 
-LONGEST_ROOT = 60
-"""A unix socket path has at most 107 characters, and ROOT/nbd/UUID.sock must fit."""
-
-_PR_SET_PDEATHSIG = 1
 _SI_KERNEL = 0x80  # si_code of a signal that the terminal sent
 _FORWARDED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
 
@@ -59,8 +49,7 @@ def _root(given: str | None) -> Iterator[str]:
             raise FileFailure(action="use", path=given, reason=error.strerror or str(error)) from None
         yield os.path.abspath(given)
         return
-    parent = tempfile.gettempdir()
-    directory = tempfile.mkdtemp(prefix="simsr-run-", dir=parent if len(parent) < LONGEST_ROOT - 20 else "/tmp")
+    directory = short_temporary_directory("simsr-run-")
     try:
         yield directory
     finally:
@@ -71,56 +60,12 @@ def _root(given: str | None) -> Iterator[str]:
 @contextlib.contextmanager
 def _daemon(root: str, debug: bool) -> Iterator[str]:
     """Start simsrd on ``root``, give the path of its control socket, stop it in the end."""
-    with tempfile.TemporaryFile() as log:
-        daemon = subprocess.Popen(
-            [sys.executable, "-P", "-m", "simsr.daemon.main", "--root", root],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=None if debug else log,
-            process_group=0,
-            preexec_fn=_end_with_parent,
-        )
+    with ChildDaemon(root, show_log=debug) as daemon:
         try:
-            yield _socket_when_ready(daemon, root, log)
+            yield daemon.socket
         finally:
             with undisturbed():
-                _stop(daemon)
-
-
-def _end_with_parent() -> None:
-    """Have the kernel send SIGTERM to this process when its parent dies (runs in the child)."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _socket_when_ready(daemon: subprocess.Popen[bytes], root: str, log: IO[bytes]) -> str:
-    assert daemon.stdout is not None
-    output, give_up = b"", time.monotonic() + START_TIMEOUT_S
-    while not output.endswith(b"\n"):
-        readable, _, _ = select.select([daemon.stdout], [], [], max(0.0, give_up - time.monotonic()))
-        piece = os.read(daemon.stdout.fileno(), 4096) if readable else b""
-        if not piece:
-            log.seek(0)
-            lines = log.read().decode(errors="replace").strip().splitlines()
-            late = f"no answer within {START_TIMEOUT_S:.0f} s" if not readable else "it ended at once"
-            raise StartFailed(root=root, reason=lines[-1].removeprefix("simsrd: ") if lines else late)
-        output += piece
-    line = output.decode(errors="replace").splitlines()[-1]
-    if not line.startswith(READY_LINE):
-        raise StartFailed(root=root, reason=f"it said {line!r}")
-    return line.removeprefix(READY_LINE)
-
-
-def _stop(daemon: subprocess.Popen[bytes]) -> None:
-    if daemon.poll() is None:
-        daemon.terminate()
-    try:
-        daemon.wait(STOP_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        complain(f"simsrd did not stop within {STOP_TIMEOUT_S:.0f} s and was killed")
-        daemon.kill()
-        daemon.wait()
-    if daemon.stdout is not None:
-        daemon.stdout.close()
+                daemon.stop()
 
 
 @contextlib.contextmanager

@@ -145,8 +145,8 @@ def _check_source(path: str) -> None:
             raise FileFailure(action="import", path=path, reason="it is neither a file nor a block device")
         with open(path, "rb"):
             pass
-    except (OSError, ValueError) as error:
-        raise FileFailure(action="import", path=path, reason=getattr(error, "strerror", None) or str(error)) from None
+    except OSError as error:
+        raise FileFailure(action="import", path=path, reason=error.strerror or str(error)) from None
 
 
 def _check_target(path: str, force: bool) -> bool:

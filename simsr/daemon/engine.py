@@ -29,6 +29,7 @@ _REAP_NODES = 64
 _COLD_THREADS = 16
 _PREFETCH_BYTES = 1 << 20
 _NO_SPACE_PAUSE_S = 1.0
+_RECORD_BYTES_PER_BLOCK = 64  # what the record of a single block takes, the worst case
 
 
 class Engine:
@@ -50,6 +51,11 @@ class Engine:
         self._upkeep.set()
 
     # Flushing.
+
+    def is_durable(self) -> bool:
+        """Whether everything written so far is durable, and the log has not stopped."""
+        log_ = self.store.log
+        return log_.durable_seq >= log_.flush_needed_seq and log_.failure is None
 
     async def flush(self) -> None:
         """Make everything written before this call durable. Raises `StoreStopped`."""
@@ -138,8 +144,10 @@ class Engine:
 
     def has_room(self, blocks: int) -> bool:
         """Whether ``blocks`` blocks can be written without waiting for a segment file to be made."""
+        room_blocks, room_bytes = self.store.log.room()
         spares = len(self.store.pool.spares) - 1
-        return spares * self.store.pool.data_blocks >= blocks or self.store.log.room()[0] >= blocks
+        fits = room_blocks >= blocks and room_bytes >= _RECORD_BYTES_PER_BLOCK * (blocks + 8)
+        return fits or spares * self.store.pool.data_blocks >= blocks
 
     async def make_room(self, blocks: int) -> None:
         """Wait until `has_room`. Raises `NoSpace` when no segment file can be made, `StoreStopped`."""
@@ -164,6 +172,7 @@ class Disk:
         self.read = volume.read
         self.allocation = volume.allocation
         self.flush = engine.flush
+        self.is_durable = engine.is_durable
 
     async def read_cold(self, offset: int, view: memoryview) -> None:
         self._engine.cold_reads += 1

@@ -29,7 +29,7 @@ from simsr.store.layout import Geometry, NodeRef, Super
 from simsr.store.log import FlushJob, Position
 from simsr.store.segments import Segment
 
-__all__ = ["CheckpointJob", "NodeLoader", "map_name", "super_name", "read_supers", "map_files"]
+__all__ = ["CheckpointJob", "NodeLoader", "map_name", "super_name", "read_supers", "sync_supers", "map_files"]
 
 _DENSE, _SPARSE, _INNER = 1, 2, 3
 _HEAD = struct.Struct("<BxHI")
@@ -65,6 +65,18 @@ def read_supers(directory: Directory) -> list[Super | int]:
             if block is not None:
                 found.append(block)
     return sorted(found, key=lambda block: block.generation if isinstance(block, Super) else 1 << 64, reverse=True)
+
+
+def sync_supers(directory: Directory) -> None:
+    """Make the super blocks durable as they are. Until then nothing that an older one needs may be changed."""
+    for name in ("super.0", "super.1"):
+        if name in directory.names():
+            file = directory.open(name)
+            try:
+                file.datasync()
+            finally:
+                file.close()
+    directory.sync()
 
 
 def encode_node(node: Node, home_of) -> bytes:

@@ -8,6 +8,8 @@ bytes are never taken for new ones. Functions here only translate; they never re
 from __future__ import annotations
 
 import struct
+import sys
+from array import array
 from dataclasses import dataclass, replace
 
 from crc32c import crc32c
@@ -31,6 +33,9 @@ __all__ = [
     "pack_record",
     "unpack_record",
 ]
+
+if sys.byteorder != "little":
+    raise ImportError("simsr's disk format is little endian, and it has not been taught to run on this machine")
 
 FORMAT_VERSION = 1
 BLOCK = 4096
@@ -207,7 +212,7 @@ def unpack_record(area: memoryview, offset: int, salt: int) -> Record | None:
 
 def pack_extents(extents: list[int], crcs: list[int]) -> bytes:
     """The payload of an EXTENTS record: counts, extents (`START_SHIFT`, `HOLE`), one CRC-32C for each data block."""
-    return struct.pack(f"<II{len(extents)}Q{len(crcs)}I", len(extents), len(crcs), *extents, *crcs)
+    return struct.pack("<II", len(extents), len(crcs)) + array("Q", extents).tobytes() + array("I", crcs).tobytes()
 
 
 def unpack_extents(payload: bytes) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -122,6 +122,7 @@ class Store:
             raise StoreError(path=directory.path, reason=f"{geometry} is not a valid geometry")
         directory.lock()
         if directory.names():
+            directory.close()
             raise StoreError(path=directory.path, reason="the directory is not empty, so no store is made in it")
         usage = Usage(geometry.segment_shift)
         store = cls(directory, uuid, geometry, usage, SegmentPool(directory, geometry, uuid, usage))
@@ -141,7 +142,11 @@ class Store:
         try:
             return cls._recover(directory)
         except OSError as error:
+            directory.close()
             raise StoreError(path=directory.path, reason=f"cannot be read: {error}") from error
+        except BaseException:
+            directory.close()
+            raise
 
     @classmethod
     def _recover(cls, directory: Directory) -> Store:
@@ -226,9 +231,11 @@ class Store:
                     segment.state = State.SEALED
                 else:
                     self.pool.spares.append(segment)
+        # What a killed process wrote may not have reached the disk yet: neither the log nor the super block just used.
         replayed = {segment.slot: segment for segment, _ in tail.records}
-        for segment in replayed.values():  # what a killed process wrote may not have reached the disk yet
+        for segment in replayed.values():
             segment.file.datasync()
+        ckpt.sync_supers(self.directory)
         self.checkpoint()
         self.log.roll()
 

@@ -12,6 +12,7 @@ Blocks of zeros are stored as holes: the checksum of a zero block is known, so f
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
 import numpy as np
@@ -369,7 +370,8 @@ class Volume:
 
     def _apply_run(self, block: int, crcs: Sequence[int], physical: int) -> None:
         owned, bits, mask = self.map.owned, self.map.bits, self.map.fanout - 1
-        entries = np.array(crcs, dtype=np.uint64) << 32 | np.arange(physical, physical + len(crcs), dtype=np.uint64)
+        entries = np.frombuffer(array("I", crcs), dtype=np.uint32).astype(np.uint64) << 32
+        entries |= np.arange(physical, physical + len(crcs), dtype=np.uint64)
         done = 0
         while done < len(crcs):
             number, low = (block + done) >> bits, (block + done) & mask

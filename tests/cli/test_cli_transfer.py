@@ -69,6 +69,13 @@ def test_import_prints_the_uuid_and_copies_data_and_holes(simsr, daemon, sr, ser
     assert disk.stat().st_blocks * 512 < 8 * MIB
 
 
+def test_import_is_on_disk_when_it_says_so(simsr, daemon, sr, serve_disks, image, tmp_path):
+    serve_disks("--filter=log", settings=(f"logfile={tmp_path}/log",))
+    assert simsr("import", str(image)).status == 0
+    log = (tmp_path / "log").read_text()
+    assert log.rindex(" Flush ") > log.rindex(" Write ")
+
+
 @pytest.mark.parametrize("kind", ["qcow2", "vpc", "vmdk", "vhdx"])
 def test_import_of_every_format(simsr, daemon, sr, serve_disks, image, tmp_path, kind):
     serve_disks()

@@ -22,6 +22,7 @@ class FakeDaemon(Model):
         self.srs = {}
         self.vdis = {}
         self.requests = []
+        self.failed_srs = {}
 
     def writes(self):
         """The requests that change something."""
@@ -49,7 +50,7 @@ class FakeDaemon(Model):
         disk = self.vdis[of]
         return self.add_vdi(disk["sr"], **dict({
             "is_a_snapshot": True, "snapshot_of": of, "snapshot_time": "2026-11-21T03:40:20Z", "name": disk["name"],
-            "size_bytes": disk["size_bytes"],
+            "size_bytes": disk["size_bytes"], "read_only": True,
         }, **fields))
 
     def sr_view(self, sr):
@@ -63,7 +64,9 @@ class FakeDaemon(Model):
             return objects[name]
         found = [item for item in objects.values() if item["name"] == name or (
             len(name) >= 4 and item["uuid"].startswith(name))]
-        if len(found) != 1:
+        if len(found) > 1:
+            raise Refused(daemon_error(409, "Ambiguous", 1, f"'{name}' can mean more than one {kind}"))
+        if not found:
             raise Refused(daemon_error(404, "NotFound", 144, f"no {kind} is called '{name}'", "List what there is."))
         return found[0]
 
@@ -85,6 +88,8 @@ class FakeDaemon(Model):
         return status, b"" if answer is None else json.dumps(answer).encode()
 
     def route(self, method, template, parts, query, body):
+        if template == "/v1/daemon":
+            return 200, {"version": "fake", "failed_srs": self.failed_srs}
         if template == "/v1/srs":
             if method == "GET":
                 return 200, [self.sr_view(sr) for sr in self.srs.values()]

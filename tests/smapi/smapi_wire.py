@@ -1,8 +1,8 @@
 """The two documents of SMAPIv1, written and read independently of the plug-in and of xmlrpc.client.
 
 `request` writes what xapi writes: no declaration, no blanks between elements, no type tags for strings, ``<value/>``
-for the empty string, four characters escaped, control characters dropped. `parse_answer` accepts what xapi's parser accepts
-and nothing else: no attributes, text only where a value is, known types only.
+for the empty string, four characters escaped, control characters dropped. `parse_answer` accepts what xapi's parser
+accepts and nothing else: no attributes, text only where a value is, known types only.
 """
 
 import xml.etree.ElementTree as ElementTree

@@ -255,13 +255,24 @@ VDI_COMMANDS = [("vdi_delete", []), ("vdi_attach", ["true"]), ("vdi_detach", [])
 
 @pytest.mark.parametrize("command, args", VDI_COMMANDS)
 def test_vdi_that_simsrd_has_not(alone, daemon, disk, command, args):
-    """Also if something is called what the uuid says, and if the uuid is in another SR."""
-    missing = str(uuid.uuid4())
-    daemon.add_vdi(SR_UUID, name=missing)
+    """Also if other VDIs have that uuid as their name, and if it is a VDI of another SR."""
+    missing, name, names = (str(uuid.uuid4()) for _ in range(3))
+    for taken in (name, names, names):
+        daemon.add_vdi(SR_UUID, name=taken)
     elsewhere = daemon.add_vdi(daemon.add_sr(OTHER_SR))
-    for vdi in (missing, elsewhere):
+    for vdi in (missing, name, names, elsewhere):
         fault = alone.fault(command, args, vdi=vdi)
         assert fault.number == 144 and vdi in fault.text
+    assert daemon.writes() == []
+
+
+@pytest.mark.parametrize("command, args", [*VDI_COMMANDS, ("sr_attach", []), ("sr_scan", []), ("sr_delete", []),
+                                           ("sr_create", ["0"]), ("vdi_create", CREATE)])
+def test_sr_that_simsrd_could_not_open_is_neither_missing_nor_deleted(alone, daemon, command, args):
+    daemon.srs.clear()
+    daemon.failed_srs["/srv/simsr/sr/" + SR_UUID] = "segment 7 is damaged"
+    fault = alone.fault(command, args, vdi=str(uuid.uuid4()) if (command, args) in VDI_COMMANDS else None)
+    assert fault.number == 47 and "segment 7 is damaged" in fault.text
     assert daemon.writes() == []
 
 

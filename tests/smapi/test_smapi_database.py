@@ -195,14 +195,14 @@ def test_scan_of_a_healthy_sr_writes_nothing_but_sizes(pool, xapi, disk, snapsho
 def test_scan_introduces_with_all_fields_and_links_in_a_second_pass(pool, xapi, daemon):
     # The snapshot's uuid sorts before its parent's, so it is introduced first.
     parent = daemon.add_vdi(SR_UUID, uuid="bbbbbbbb-0000-4000-8000-000000000000", name="parent\x01", type="system",
-                            sharable=True, sm_config={"k": "v"}, description="d")
-    child = daemon.add_snapshot(parent, uuid="aaaaaaaa-0000-4000-8000-000000000000", read_only=True)
+                            sharable=True, sm_config={"k": "v"}, description="d", read_only=True)
+    child = daemon.add_snapshot(parent, uuid="aaaaaaaa-0000-4000-8000-000000000000")
     orphan = daemon.add_snapshot(parent, uuid="cccccccc-0000-4000-8000-000000000000", snapshot_of=str(uuid.uuid4()))
     pool.call("sr_scan")
     row = row_of(xapi, parent)
     assert (row["name_label"], row["type"], row["sharable"], row["sm_config"], row["name_description"]) == (
         "parent?", "system", True, {"k": "v"}, "d")
-    assert row_of(xapi, child)["read_only"] is True
+    assert row["read_only"] is True and row_of(xapi, child)["read_only"] is False
     parent_ref = next(ref for ref, row in xapi.tables["VDI"].items() if row["uuid"] == parent)
     assert row_of(xapi, child)["snapshot_of"] == parent_ref
     assert row_of(xapi, orphan)["snapshot_of"] == NULL_REF

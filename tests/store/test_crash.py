@@ -30,13 +30,15 @@ class Crash:
         self.witness = Witness()
         self.directory = MemoryDirectory()
         self.store: Store | None = None
-        self.bounds = (0, 0)  # of the records that a store now being opened may recover: (after a cut, after a kill)
+        self.bounds = (0, 0, 0)  # last record: surely there after another cut, after another kill, ever appended
+        self.created = False  # a crash before `Store.create` returned may leave something that is no store yet
         self.checks = 0
         self.steps_to_kill = -1
 
     def run(self) -> None:
         self.directory.on_step = self.on_step
         self.store = Store.create(self.directory, UUID, TINY)
+        self.created = True
         self.witness.attach(self.store)
         driver = Driver(self.rng)
         for life in range(self.rng.randint(1, 4)):
@@ -58,7 +60,7 @@ class Crash:
         if self.rng.random() < 0.3:
             driver.end_jobs()
             self.store.close()
-            self.bounds = (self.store.log.seq, self.store.log.seq)
+            self.bounds = self.bounds_now()
             self.store = None
         else:
             self.steps_to_kill = self.rng.randint(1, 12)
@@ -67,17 +69,21 @@ class Crash:
 
     def crash(self) -> None:
         """Find what the next process finds."""
-        durable, last = self.bounds_now()
+        durable, _, last = self.bounds_now()
         self.steps_to_kill = -1
         if self.rng.random() < 0.5:
-            self.directory, self.bounds = self.directory.after_kill(), (durable, last)
+            self.directory, self.bounds = self.directory.after_kill(), (durable, last, last)
         else:
-            self.directory, self.bounds = self.directory.after_cut(self.rng, self.rng.choice(STYLES)), (durable, last)
+            self.directory = self.directory.after_cut(self.rng, self.rng.choice(STYLES))
+            self.bounds = (durable, durable, last)
         self.directory.on_step = self.on_step
         self.store = None
 
-    def bounds_now(self) -> tuple[int, int]:
-        return self.bounds if self.store is None else (self.store.log.durable_seq, self.store.log.seq)
+    def bounds_now(self) -> tuple[int, int, int]:
+        if self.store is None:
+            return self.bounds
+        log = self.store.log
+        return log.durable_seq, log.seq, log.seq
 
     def on_step(self, what: str) -> None:
         if self.steps_to_kill >= 0:
@@ -90,29 +96,28 @@ class Crash:
             self.judge(what)
 
     def judge(self, what: str) -> None:
-        durable, last = self.bounds_now()
-        created = self.store is not None or self.bounds != (0, 0)
+        durable, known, last = self.bounds_now()
         for style in ("kill", self.sampler.choice(STYLES)):
             survivor = self.directory.after_kill() if style == "kill" else self.directory.after_cut(self.sampler, style)
             try:
-                exact = style == "kill" and self.store is not None
-                self.judge_survivor(survivor, last if exact else durable, last, created)
+                self.judge_survivor(survivor, known if style == "kill" else durable, last)
             except BaseException as error:
                 error.add_note(f"stopped before step {what!r}, style {style}, durable {durable}, appended {last}")
                 raise
 
-    def judge_survivor(self, survivor: MemoryDirectory, least: int, most: int, created: bool) -> None:
+    def judge_survivor(self, survivor: MemoryDirectory, least: int, most: int) -> None:
         again = survivor.after_kill()
         try:
             store = Store.open(survivor)
         except (StoreDamaged, StoreFormat):
-            assert not created, "a store that was there cannot be opened"
+            if self.created:
+                raise
             return
         seq = store.log.seq
         assert least <= seq <= most, f"recovered up to record {seq}, not {least} to {most}"
         self.witness.compare(store)
         store._check()
-        if self.sampler.random() < 0.4:
+        if self.created and self.sampler.random() < 0.4:
             self.crash_in_recovery(again, seq)
         if self.sampler.random() < 0.3:
             self.use(survivor, store)

@@ -1,0 +1,273 @@
+"""The plug-in against the real simsrd: what the fakes promise holds, and the data is what the commands say."""
+
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import uuid
+
+import pytest
+
+from conftest import SR_UUID, Caller, read_plugin, start_plugin
+from smapi_wire import NIL, check_attach, check_vdi_info
+
+MIB = 2**20
+OTHER_SR = "99999999-3a52-4b8d-a4a3-2d1c6f7e4404"
+
+needs_qemu_io = pytest.mark.skipif(not shutil.which("qemu-io"), reason="qemu-io is not installed")
+
+
+class Simsrd:
+    """A real daemon on `root`, started and stopped by the test."""
+
+    def __init__(self, root):
+        self.root = root
+        self.process = None
+
+    def start(self):
+        command = [sys.executable, "-m", "simsr.daemon.main", "--root", str(self.root)]
+        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+        line = self.process.stdout.readline()
+        ready = re.fullmatch(r"simsrd: ready, control socket (.*)\n", line)
+        assert ready, f"simsrd said {line!r}"
+        return ready[1]
+
+    def stop(self, number=signal.SIGTERM):
+        self.process.send_signal(number)
+        self.process.wait(timeout=60)
+        self.process.stdout.close()
+
+
+@pytest.fixture
+def simsrd(folder):
+    daemon = Simsrd(folder / "root")
+    yield daemon
+    if daemon.process and daemon.process.poll() is None:
+        daemon.stop()
+
+
+@pytest.fixture
+def real(simsrd):
+    """A caller without xapi, whose SR exists."""
+    caller = Caller(socket=simsrd.start(), standalone="true")
+    assert caller.call("sr_create", ["0"]) is NIL
+    return caller
+
+
+@pytest.fixture
+def real_pool(simsrd, xapi, folder):
+    """A caller with a session in the fake xapi, whose SR exists."""
+    caller = Caller(socket=simsrd.start(), xapi_socket=str(folder / "xapi"))
+    caller.members.update(session_ref=xapi.session_ref, sr_ref=xapi.sr_ref)
+    assert caller.call("sr_create", ["0"]) is NIL
+    return caller
+
+
+def create(caller, size=MIB, name="disk", **members):
+    return check_vdi_info(caller.call("vdi_create", [str(size), name, "", "", "false", "", "", "false"], **members))
+
+
+def qemu_io(caller, vdi, *commands):
+    """Attach as xapi would, run qemu-io on what the answer names, detach."""
+    path, export = check_attach(caller.call("vdi_attach", ["true"], vdi=vdi))
+    arguments = [part for command in commands for part in ("-c", command)]
+    done = subprocess.run(["qemu-io", "-f", "raw", *arguments, f"nbd+unix:///{export}?socket={path}"],
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          timeout=60)
+    caller.call("vdi_detach", vdi=vdi)
+    assert done.returncode == 0 and "failed" not in done.stdout, done.stdout
+
+
+def connect_as_tapdisk(path):
+    """Do tapdisk's handshake and return (socket, size of the disk in bytes)."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.connect(path)
+    assert sock.recv(18, socket.MSG_WAITALL)[:16] == b"NBDMAGICIHAVEOPT"
+    sock.sendall(struct.pack(">I", 3))  # FIXED_NEWSTYLE, NO_ZEROES
+    sock.sendall(b"IHAVEOPT" + struct.pack(">II", 1, 15) + b"tapdisk_client\0")
+    size_bytes, _ = struct.unpack(">QH", sock.recv(10, socket.MSG_WAITALL))
+    return sock, size_bytes
+
+
+@needs_qemu_io
+def test_revert_brings_the_data_back_and_keeps_the_uuid(real):
+    disk = create(real, 4 * MIB)
+    qemu_io(real, disk, "write -P 0x11 0 1M", "flush")
+    snapshot = check_vdi_info(real.call("vdi_snapshot", vdi=disk, driver_params={}))
+    for pattern in ("0x22", "0x33"):
+        qemu_io(real, disk, f"write -P {pattern} 0 4M")
+        assert real.call("vdi_revert", [disk], vdi=snapshot) is NIL
+        qemu_io(real, disk, "read -P 0x11 0 1M", "read -P 0 1M 3M")
+    assert real.call("vdi_activate", ["true"], vdi=disk) is NIL
+
+
+@needs_qemu_io
+def test_clone_of_a_snapshot_is_another_disk(real):
+    disk = create(real)
+    qemu_io(real, disk, "write -P 0x11 0 64k")
+    snapshot = check_vdi_info(real.call("vdi_snapshot", vdi=disk))
+    clone = check_vdi_info(real.call("vdi_clone", vdi=snapshot))
+    qemu_io(real, clone, "read -P 0x11 0 64k", "write -P 0x22 0 64k")
+    qemu_io(real, disk, "read -P 0x11 0 64k")
+    assert real.call("vdi_delete", vdi=disk) is NIL
+    assert real.fault("vdi_revert", [disk], vdi=snapshot).number == 144
+    qemu_io(real, clone, "read -P 0x22 0 64k")
+
+
+@needs_qemu_io
+def test_what_was_answered_outlives_a_killed_daemon(real, simsrd):
+    disk = create(real)
+    qemu_io(real, disk, "write -P 0x11 0 64k", "flush")
+    snapshot = check_vdi_info(real.call("vdi_snapshot", vdi=disk))
+    qemu_io(real, disk, "write -P 0x22 0 64k")
+    real.call("vdi_revert", [disk], vdi=snapshot)
+    simsrd.stop(signal.SIGKILL)
+    assert real.fault("sr_attach").number == 47
+    simsrd.start()
+    assert real.call("sr_attach") is NIL
+    qemu_io(real, disk, "read -P 0x11 0 64k")
+
+
+def test_life_of_a_vm_and_its_replay(real):
+    disk = create(real)
+    for command, args in [("vdi_epoch_begin", []), ("vdi_attach", ["true"]), ("vdi_activate", ["true"]),
+                          ("vdi_deactivate", []), ("vdi_detach", []), ("vdi_epoch_end", [])]:
+        first = real.call(command, args, vdi=disk)
+        assert real.call(command, args, vdi=disk) == first, command
+
+
+def test_in_use(real):
+    disk = create(real)
+    snapshot = check_vdi_info(real.call("vdi_snapshot", vdi=disk))
+    check_attach(real.call("vdi_attach", ["true"], vdi=disk))
+    assert real.fault("vdi_revert", [disk], vdi=snapshot).number == 24
+    assert real.fault("vdi_delete", vdi=disk).number == 24
+    check_vdi_info(real.call("vdi_snapshot", vdi=disk))
+    assert real.call("vdi_detach", vdi=disk) is NIL
+    assert real.call("vdi_revert", [disk], vdi=snapshot) is NIL
+
+
+def test_a_connection_holds_the_disk(real):
+    disk = create(real)
+    snapshot = check_vdi_info(real.call("vdi_snapshot", vdi=disk))
+    path, _ = check_attach(real.call("vdi_attach", ["true"], vdi=disk))
+    sock, size_bytes = connect_as_tapdisk(path)
+    assert size_bytes == MIB
+    assert real.fault("sr_detach").number == 16
+    assert real.call("vdi_detach", vdi=disk) is NIL
+    assert real.fault("vdi_revert", [disk], vdi=snapshot).number == 24
+    sock.close()
+    assert real.call("vdi_revert", [disk], vdi=snapshot) is NIL
+
+
+def test_disk_can_be_renamed_while_attached(real_pool, xapi):
+    disk = create(real_pool)
+    real_pool.call("vdi_attach", ["true"], vdi=disk)
+    next(iter(xapi.tables["VDI"].values()))["name_label"] = "renamed"
+    assert real_pool.call("vdi_update", vdi=disk) is NIL
+    xapi.tables["VDI"].clear()
+    real_pool.call("sr_scan")
+    assert next(iter(xapi.tables["VDI"].values()))["name_label"] == "renamed"
+
+
+def test_sr_that_cannot_be_opened(real, simsrd):
+    disk = create(real)
+    simsrd.stop()
+    for path in (simsrd.root / "sr" / SR_UUID).iterdir():
+        if path.is_file():
+            path.write_bytes(b"\xee" * path.stat().st_size)
+    simsrd.start()
+    for command, args, vdi in [("sr_attach", [], None), ("sr_delete", [], None), ("vdi_attach", ["true"], disk)]:
+        assert real.fault(command, args, vdi=vdi).number == 47, command
+
+
+def test_snapshot_can_be_attached_for_reading_only(real):
+    snapshot = check_vdi_info(real.call("vdi_snapshot", vdi=create(real)))
+    assert real.fault("vdi_attach", ["true"], vdi=snapshot).number == 46
+    path, _ = check_attach(real.call("vdi_attach", ["false"], vdi=snapshot))
+    assert path.endswith(".sock")
+
+
+def test_sizes(real):
+    disk = create(real, 1000)
+    assert real.call("vdi_resize", [str(8 * 2**40)], vdi=disk)["uuid"] == disk
+    assert real.fault("vdi_resize", [str(MIB)], vdi=disk).number == 79
+    assert real.fault("vdi_create", ["9223372036854775807"]).number == 79
+
+
+def test_faults_of_the_daemon(real):
+    disk, other = create(real), create(real)
+    missing = str(uuid.uuid4())
+    for command, args in [("vdi_delete", []), ("vdi_attach", ["true"]), ("vdi_snapshot", []), ("vdi_revert", [disk])]:
+        assert real.fault(command, args, vdi=missing).number == 144, command
+    snapshot = check_vdi_info(real.call("vdi_snapshot", vdi=disk))
+    assert real.fault("vdi_revert", [missing], vdi=snapshot).number == 144
+    assert real.fault("vdi_revert", [other], vdi=snapshot).number == 1
+    assert real.fault("vdi_revert", [disk], vdi=other).number == 1
+    assert real.fault("vdi_create", [str(MIB)], vdi_uuid=disk).number == 43
+    assert real.fault("vdi_create", [str(MIB)], sr_uuid=OTHER_SR).number == 47
+    assert real.fault("sr_attach", sr_uuid=OTHER_SR).number == 47
+    assert real.fault("sr_delete").number == 39
+    assert real.fault("sr_create", ["0"]).number == 42
+
+
+def test_sr_from_create_to_delete(real):
+    assert SR_UUID in real.call("sr_probe", sr_uuid=None)
+    disk = create(real, vdi_uuid=str(uuid.uuid4()))
+    assert real.fault("sr_create", ["0"]).number == 42
+    for command in ("sr_attach", "sr_scan", "sr_update", "sr_detach", "sr_detach"):
+        assert real.call(command) is NIL
+    assert real.call("vdi_delete", vdi=disk) is NIL
+    assert real.call("sr_delete") is NIL
+    assert real.call("sr_delete") is NIL
+    assert SR_UUID not in real.call("sr_probe", sr_uuid=None)
+
+
+def test_odd_names_come_back_from_xapi_and_the_daemon(real_pool, xapi):
+    name = "Grüße, 世界 \U0001f600 <&>\"' %2F ]]>"
+    disk = create(real_pool, name=name)
+    row = next(row for row in xapi.tables["VDI"].values() if row["uuid"] == disk)
+    assert (row["name_label"], row["virtual_size"]) == (name, str(MIB))
+    row["name_label"] = "renamed " + name
+    assert real_pool.call("vdi_update", vdi=disk) is NIL
+
+
+def test_database_follows(real_pool, xapi):
+    disk = create(real_pool)
+    snapshot = check_vdi_info(real_pool.call("vdi_snapshot", vdi=disk))
+    rows = {row["uuid"]: (ref, row) for ref, row in xapi.tables["VDI"].items()}
+    assert rows[snapshot][1]["is_a_snapshot"] is True and rows[snapshot][1]["snapshot_of"] == rows[disk][0]
+    real_pool.call("vdi_resize", [str(2 * MIB)], vdi=disk)
+    assert rows[disk][1]["virtual_size"] == str(2 * MIB)
+    real_pool.call("vdi_revert", [rows[disk][0]], vdi=snapshot)
+    assert rows[disk][1]["virtual_size"] == str(MIB)
+    real_pool.call("vdi_delete", vdi=snapshot)
+    assert [row["uuid"] for row in xapi.tables["VDI"].values()] == [disk]
+    sizes = xapi.tables["SR"][xapi.sr_ref]
+    assert sizes["virtual_allocation"] == str(MIB) and int(sizes["physical_size"]) > 0
+
+
+def test_scan_rebuilds_a_lost_database(real_pool, xapi):
+    disk = create(real_pool, name="kept")
+    snapshot = check_vdi_info(real_pool.call("vdi_snapshot", vdi=disk))
+    xapi.tables["VDI"].clear()
+    gone = xapi.add_vdi(xapi.sr_ref, str(uuid.uuid4()))
+    assert real_pool.call("sr_attach") is NIL
+    assert gone not in xapi.tables["VDI"]
+    rows = {row["uuid"]: (ref, row) for ref, row in xapi.tables["VDI"].items()}
+    assert set(rows) == {disk, snapshot}
+    assert rows[disk][1]["name_label"] == "kept"
+    assert rows[snapshot][1]["snapshot_of"] == rows[disk][0]
+    assert re.fullmatch(r"20\d{6}T\d\d:\d\d:\d\dZ", rows[snapshot][1]["snapshot_time"].value)
+    writes = len(xapi.writes())
+    assert real_pool.call("sr_scan") is NIL
+    assert len(xapi.writes()) == writes + 3
+
+
+def test_many_at_once(real):
+    documents = [real.document("vdi_create", [str(MIB), f"disk {number}"]) for number in range(12)]
+    processes = [start_plugin(document) for document in documents]
+    assert len({check_vdi_info(read_plugin(process)) for process in processes}) == 12
