@@ -281,7 +281,7 @@ class Handshake:
             )
             self._list_budget_bytes -= len(replies[-1])
             if self._list_budget_bytes <= 0:
-                raise Refused(c.NBD_REP_ERR_TOO_BIG, "too much to list on one connection; ask for an export by its name")
+                raise Refused(c.NBD_REP_ERR_TOO_BIG, "too much to list; ask for an export by its name")
         self._out += replies
         self._reply(c.NBD_REP_ACK)
         # Granted once, or each LIST would earn the next.

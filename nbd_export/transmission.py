@@ -3,8 +3,9 @@
 `RequestParser` owns the receive buffer. A connection asks it for `space`, receives straight into that, and gets all
 complete requests at once; payloads are views into the buffer, never copies. They stay valid until the next `space`.
 
-A payload is never moved once it has begun to arrive, unless the buffer ends before it does; so the buffer is larger than
-most requests, and what it takes depends on what the client sends, up to one request of `MAX_REQUEST_BYTES`.
+The buffer is small and its beginning is used again at once, so that what was received is still in the CPU's cache when it is
+written. A large WRITE is therefore handed on in pieces as it arrives (NBD does not promise that a write is atomic), unless
+it is one that will be refused: that is received whole, up to `MAX_REQUEST_BYTES`, and refused at its end.
 
 The functions at the end pack replies. Where the client negotiated structured replies, READ and BLOCK_STATUS use them, and
 everything else is answered by the shorter simple reply, as the protocol allows.
@@ -31,10 +32,13 @@ __all__ = [
 ]
 
 _REQUEST = struct.Struct(">IHHQQI")
-_SMALL_BYTES = 256 << 10
-_USUAL_BYTES = 8 << 20
-_WHOLE_BYTES = c.MAX_REQUEST_BYTES + _SMALL_BYTES
-_MOVE_MAX_BYTES = 64 << 10
+PIECE_BYTES = 512 << 10
+"""A write larger than this is handed on in pieces of about this size."""
+
+_BUFFER_BYTES = PIECE_BYTES + (128 << 10)
+_WHOLE_BYTES = c.MAX_REQUEST_BYTES + _REQUEST.size
+_MOVE_MAX_BYTES = 8192
+_BLOCK_BYTES = 4096
 _BATCH_MAX = 256  # requests handled before anything else gets its turn
 
 SIMPLE_REPLY = struct.Struct(">IIQ")
@@ -47,7 +51,7 @@ class ProtocolError(Exception):
 
 
 class Request(NamedTuple):
-    """One request. ``payload`` only for WRITE."""
+    """One request. ``payload`` only for WRITE; ``final`` is False for all pieces of a WRITE but its last."""
 
     command: int
     flags: int
@@ -55,6 +59,7 @@ class Request(NamedTuple):
     offset: int
     length: int
     payload: memoryview | None
+    final: bool
 
 
 def lazy_buffer(size_bytes: int) -> memoryview:
@@ -63,12 +68,17 @@ def lazy_buffer(size_bytes: int) -> memoryview:
 
 
 class RequestParser:
-    """Turns received bytes into batches of requests. Raises `ProtocolError` where there is no way on."""
+    """Turns received bytes into batches of requests. Raises `ProtocolError` where there is no way on.
 
-    def __init__(self) -> None:
-        self._buffer = lazy_buffer(_SMALL_BYTES)
+    ``writable_bytes``: writes that end within so many bytes may be handed on in pieces.
+    """
+
+    def __init__(self, writable_bytes: int = 0) -> None:
+        self._writable_bytes = writable_bytes
+        self._buffer = lazy_buffer(_BUFFER_BYTES)
         self._start = self._end = 0
         self._missing = 0  # bytes that the request at _start still lacks, as far as known
+        self._open: tuple[int, int, int, int] | None = None  # flags, cookie, offset, length left of a write in pieces
 
     @property
     def buffered_bytes(self) -> int:
@@ -86,22 +96,18 @@ class RequestParser:
     def space(self) -> memoryview:
         """Where the next bytes go. Invalidates the payloads of the last batch."""
         held = self._end - self._start
-        if not held:
-            self._start = self._end = 0
-        room = len(self._buffer) - self._end
-        if self._start and (room < self._missing or room < _SMALL_BYTES // 2):
-            if room < self._missing or held <= _MOVE_MAX_BYTES:
-                self._move_to(self._buffer)
-                room = len(self._buffer) - self._end
-        if room < self._missing or not room:
-            needed = self._end - self._start + self._missing
-            self._move_to(lazy_buffer(_USUAL_BYTES if needed <= _USUAL_BYTES else _WHOLE_BYTES))
+        if self._start and (held <= _MOVE_MAX_BYTES or self._start + held + self._missing > len(self._buffer)):
+            self._buffer[:held] = bytes(self._buffer[self._start : self._end])
+            self._start, self._end = 0, held
+        if held + self._missing > len(self._buffer) or held == len(self._buffer):
+            larger = lazy_buffer(_WHOLE_BYTES)
+            larger[:held] = self._buffer[self._start : self._end]
+            self._buffer, self._start, self._end = larger, 0, held
+        elif not held and len(self._buffer) > _BUFFER_BYTES:
+            self._buffer = lazy_buffer(_BUFFER_BYTES)
+        if self._missing > _MOVE_MAX_BYTES:  # no more than ends this payload and shows the next header
+            return self._buffer[self._end : self._end + self._missing + _REQUEST.size]
         return self._buffer[self._end :]
-
-    def _move_to(self, target: memoryview) -> None:
-        held = self._end - self._start
-        target[:held] = bytes(self._buffer[self._start : self._end])
-        self._buffer, self._start, self._end = target, 0, held
 
     def received(self, count: int) -> None:
         """Say that ``count`` bytes of `space` were filled."""
@@ -110,9 +116,11 @@ class RequestParser:
     def requests(self) -> list[Request]:
         """All complete requests that are in the buffer (at most a batch)."""
         batch: list[Request] = []
+        if self._open is not None and not self._continue(batch):
+            return batch
         buffer, start, end = self._buffer, self._start, self._end
         unpack, make, header_bytes = _REQUEST.unpack_from, tuple.__new__, _REQUEST.size
-        missing = 0
+        self._missing = 0
         while end - start >= header_bytes and len(batch) < _BATCH_MAX:
             magic, flags, command, cookie, offset, length = unpack(buffer, start)
             if magic != c.NBD_REQUEST_MAGIC:
@@ -121,20 +129,46 @@ class RequestParser:
             if command == c.NBD_CMD_WRITE:
                 if length > c.MAX_REQUEST_BYTES:
                     raise ProtocolError(f"a write of {length} bytes exceeds the limit of {c.MAX_REQUEST_BYTES}")
+                if length > PIECE_BYTES and offset + length <= self._writable_bytes:
+                    self._start, self._open = start + header_bytes, (flags, cookie, offset, length)
+                    if not self._continue(batch):
+                        return batch
+                    start = self._start
+                    continue
                 missing = start + header_bytes + length - end
                 if missing > 0:
+                    self._missing = missing
                     break
                 payload = buffer[start + header_bytes : start + header_bytes + length]
                 start += length
             start += header_bytes
-            batch.append(make(Request, (command, flags, cookie, offset, length, payload)))
-        self._start, self._missing = start, max(0, missing)
+            batch.append(make(Request, (command, flags, cookie, offset, length, payload, True)))
+        self._start = start
         return batch
+
+    def _continue(self, batch: list[Request]) -> bool:
+        """Hand on the next piece of the open write, if enough of it is there; True when the write is complete."""
+        flags, cookie, offset, left = self._open
+        count = min(self._end - self._start, left)
+        if count < left:
+            if count < PIECE_BYTES:
+                self._missing = min(left, PIECE_BYTES + _BLOCK_BYTES) - count
+                return False
+            count -= (offset + count) % _BLOCK_BYTES
+        payload = self._buffer[self._start : self._start + count]
+        batch.append(Request(c.NBD_CMD_WRITE, flags, cookie, offset, count, payload, count == left))
+        self._start += count
+        if count == left:
+            self._open = None
+            return True
+        self._open = flags, cookie, offset + count, left - count
+        self._missing = max(0, min(left - count, PIECE_BYTES + _BLOCK_BYTES) - (self._end - self._start))
+        return False
 
     @property
     def has_request(self) -> bool:
         """Whether a batch was cut short, so `requests` may give more without receiving."""
-        return self._end - self._start >= _REQUEST.size and not self._missing
+        return self._open is None and not self._missing and self._end - self._start >= _REQUEST.size
 
 
 def pack_error_chunk(cookie: int, error: int, text: str = "") -> bytes:

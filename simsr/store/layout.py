@@ -151,7 +151,8 @@ def salt_of(uuid: bytes, log_index: int) -> int:
 
 @dataclass(frozen=True)
 class SegmentHeader:
-    """The first bytes of a segment in use. ``log_index`` counts segments in the order the log went through them."""
+    """The first bytes of a segment in use. ``log_index`` rises from segment to segment, by more than one where the store
+    was opened anew, and is never used twice."""
 
     uuid: bytes
     log_index: int

@@ -156,7 +156,7 @@ class Log:
         self.durable_seq = job.seq
         self.flushes += 1
         self._unsynced = [segment for segment in self._unsynced if segment.last_seq > job.seq]
-        if self.seq == job.seq and self.room()[1] >= layout.RECORD_BYTES:
+        if self.room()[1] >= layout.RECORD_BYTES:  # also when more was appended meanwhile: nothing may follow it
             self.append(layout.MARK, 0, b"")
 
     def flush(self) -> None:

@@ -9,6 +9,10 @@ be read behind the end is searched for the highest ``durable_seq``.
 * Something had: the disk lost what it had promised to keep. The store refuses to open, names segment and offset, and
   changes nothing.
 
+A segment continues the log if its header names the checksum of the record before its first one. That record need not be
+the last one that can be read: a recovery that drops a torn tail goes on after the record that it kept, in a segment of its
+own. This is seen again only when the super block of that recovery is lost and the one before it has to do.
+
 Records after ``durable_seq`` count only if their data blocks are there too, by checksum: after a power cut a record may
 have reached the disk without its data. The result is always a prefix of the log.
 """
@@ -91,18 +95,21 @@ def find_tail(found: list[tuple[Segment, bytes]], block: Super, path: str) -> Ta
     area_bytes = block.geometry.record_area_bytes
     scans = [_Scan(segment, header, block.uuid, area_bytes) for segment, header in _log_segments(found, block, path)]
     records: list[tuple[Segment, int, Record]] = []
-    seq, prev_crc, offset = block.seq, block.prev_crc, block.record_offset
-    log_index, end_scan = block.log_index, None
+    crcs = {block.seq: block.prev_crc}  # of the records followed so far
+    end_scan, end_offset = None, layout.HEADER_BYTES
     for scan in scans:
-        header = scan.header
-        fresh = header.log_index != block.log_index or block.record_offset == layout.HEADER_BYTES
-        if header.log_index != log_index or (fresh and (header.first_seq != seq + 1 or header.prev_crc != prev_crc)):
-            break
-        end_scan = scan
-        for offset, record in scan.follow(offset, seq, prev_crc):
+        last, offset = scan.header.first_seq - 1, layout.HEADER_BYTES
+        if scan.header.log_index == block.log_index and block.record_offset != offset:
+            last, offset = block.seq, block.record_offset
+        elif crcs.get(last) != scan.header.prev_crc:
+            continue
+        records = [entry for entry in records if entry[2].seq <= last]
+        for offset, record in scan.follow(offset, last, crcs[last]):
             records.append((scan.segment, offset, record))
-            seq, prev_crc, offset = record.seq, record.crc, offset + record.size
-        log_index, end_offset, offset = log_index + 1, offset, layout.HEADER_BYTES
+            crcs[record.seq] = record.crc
+            offset += record.size
+        end_scan, end_offset = scan, offset
+    seq = records[-1][2].seq if records else block.seq
     durable_seq = max([block.seq, *(scan.header.durable_seq for scan in scans), *(r.durable_seq for *_, r in records)])
     dropped = 0
     behind = scans[scans.index(end_scan) :] if end_scan else scans
@@ -118,9 +125,10 @@ def find_tail(found: list[tuple[Segment, bytes]], block: Super, path: str) -> Ta
         )
     kept = _with_data(records, durable_seq)
     dropped += len(records) - len(kept)
-    last_index = max([block.log_index - 1, *(scan.header.log_index for scan in scans)])
+    # A power cut may have taken headers and left records behind them: no log index, hence no salt, may be used twice.
+    next_index = max([(block.generation + 1) << 32, *(scan.header.log_index + 1 for scan in scans)])
     last_seq, last_crc = (kept[-1][1].seq, kept[-1][1].crc) if kept else (block.seq, block.prev_crc)
-    return Tail(kept, Position(last_seq, last_index + 1, layout.HEADER_BYTES, last_crc), dropped)
+    return Tail(kept, Position(last_seq, next_index, layout.HEADER_BYTES, last_crc), dropped)
 
 
 def _with_data(records: list[tuple[Segment, int, Record]], durable_seq: int) -> list[tuple[Segment, Record]]:

@@ -19,9 +19,9 @@ import re
 from enum import Enum
 
 from simsr.errors import NoSpace, StoreDamaged
-from simsr.store.extent_map import Usage
+from simsr.store.extent_map import PHYSICAL_MASK, Usage
 from simsr.store.files import Area, Directory, File
-from simsr.store.layout import Geometry, SegmentHeader, salt_of
+from simsr.store.layout import HEADER_BYTES, Geometry, SegmentHeader, salt_of
 
 __all__ = ["State", "Segment", "SegmentPool", "segment_name"]
 
@@ -71,28 +71,49 @@ class SegmentPool:
         self.spares: list[Segment] = []
         self._condemned: list[Segment] = []  # dead and past their checkpoint, but pinned
         self._making: set[int] = set()
+        self._unmade: list[str] = []
 
     def adopt(self) -> list[tuple[Segment, bytes]]:
-        """Open the segment files that are there; returns each with its header bytes. Used once, by recovery."""
+        """Open the segment files that are there; returns each with its header bytes. Used once, by recovery.
+
+        Raises `StoreDamaged` if one in use has a wrong size; one whose making was cut short waits for `remove_unmade`.
+        """
         found = []
         for name in self._directory.names():
-            if match := _NAME.fullmatch(name):
-                slot = int(match[1])
-                file = self._directory.open(name)
-                if file.size_bytes != self.geometry.segment_bytes:  # its making was cut short: it was never used
-                    file.close()
-                    self._directory.remove(name)
-                    continue
-                while len(self.by_slot) <= slot:
-                    self.by_slot.append(None)
-                self._usage.reserve(slot)
-                segment = self.by_slot[slot] = Segment(slot, file)
-                header = bytearray(64)
-                file.pread(memoryview(header), 0)
-                found.append((segment, bytes(header)))
+            match = _NAME.fullmatch(name)
+            slot = int(match[1]) if match else 0
+            if not slot or slot > self._slot_max:
+                continue
+            file = self._directory.open(name)
+            header = bytearray(min(HEADER_BYTES, file.size_bytes))
+            file.pread(memoryview(header), 0)
+            if file.size_bytes != self.geometry.segment_bytes:
+                size_bytes = file.size_bytes
+                file.close()
+                if any(header):
+                    reason = f"{name} has {size_bytes} bytes, not {self.geometry.segment_bytes}"
+                    raise StoreDamaged(path=self._directory.path, reason=reason)
+                self._unmade.append(name)
+                continue
+            while len(self.by_slot) <= slot:
+                self.by_slot.append(None)
+            self._usage.reserve(slot)
+            segment = self.by_slot[slot] = Segment(slot, file)
+            found.append((segment, bytes(header)))
         return found
 
+    def remove_unmade(self) -> None:
+        """Remove the files whose making was cut short, once it is known that nothing is in them."""
+        for name in self._unmade:
+            self._directory.remove(name)
+        self._unmade = []
+
     # Spares: made in a worker thread (`make_file`), handed over on the store's thread (`add`).
+
+    @property
+    def _slot_max(self) -> int:
+        """The last segment whose blocks a map entry can name."""
+        return (PHYSICAL_MASK >> self.geometry.segment_shift) - 1
 
     @property
     def path(self) -> str:
@@ -109,7 +130,7 @@ class SegmentPool:
         slot = next(free, len(self.by_slot))
         if slot == len(self.by_slot):
             self.by_slot.append(None)
-        if slot << self.geometry.segment_shift > 0xFFFFFFFF - self.geometry.segment_blocks:
+        if slot > self._slot_max:
             raise NoSpace(name=self._directory.path, reason="the store has as many segments as it can number")
         self._making.add(slot)
         return slot

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from simsr.errors import NoSpace, StoreDamaged, StoreError, StoreFormat
+from simsr.errors import BadRequest, NoSpace, StoreDamaged, StoreError, StoreFormat
 from simsr.store import checkpoint as ckpt
 from simsr.store import layout
 from simsr.store.checkpoint import CheckpointJob, NodeLoader
@@ -79,6 +79,7 @@ Op = Create | Delete | Reset | Resize | SetMeta
 _OPS: dict[str, type] = {"create": Create, "delete": Delete, "reset": Reset, "resize": Resize, "meta": SetMeta}
 _OP_NAMES = {kind: name for name, kind in _OPS.items()}
 
+_SIZE_MAX_BYTES = BLOCK << (64 - layout.START_SHIFT)
 CHECKPOINT_LOG_BYTES = 256 << 20
 CHECKPOINT_RECORDS = 1 << 16
 
@@ -172,9 +173,8 @@ class Store:
         usage = Usage(block.geometry.segment_shift)
         pool = SegmentPool(directory, block.geometry, block.uuid, usage)
         store = cls(directory, block.uuid, block.geometry, usage, pool)
-        found = pool.adopt()
         try:
-            tail = find_tail(found, block, directory.path)
+            tail = find_tail(pool.adopt(), block, directory.path)
             store.log = Log(pool, directory.path, tail.end)
             store._load(block)
             store._survey_maps(block)
@@ -236,8 +236,12 @@ class Store:
         for segment in replayed.values():
             segment.file.datasync()
         ckpt.sync_supers(self.directory)
+        self.pool.remove_unmade()
         self.checkpoint()
-        self.log.roll()
+        try:
+            self.log.roll(keep=0)
+        except NoSpace:
+            pass  # reading needs no segment, and what needs one asks again
 
     def close(self) -> None:
         """Checkpoint, if the log has not stopped, and let go of everything. Blocks."""
@@ -262,9 +266,10 @@ class Store:
     def commit(self, ops: Iterable[Op]) -> None:
         """Do all of ``ops``, in order, as one record. Durable after the next flush.
 
-        Raises `NoSpace` or `StoreStopped` with nothing changed. Cost: O(ops), whatever the size of the volumes.
+        Raises `BadRequest`, `NoSpace` or `StoreStopped` with nothing changed. Cost: O(ops), whatever the size of the volumes.
         """
         ops = list(ops)
+        self._check_ops(ops)
         payload = _encode_ops(ops)
         if layout.RECORD_BYTES + len(payload) > min(
             layout.MAX_RECORD_BYTES, self.geometry.record_area_bytes - layout.HEADER_BYTES
@@ -274,6 +279,35 @@ class Store:
             self.log.roll(keep=0)
         self.log.append(layout.COMMIT, 0, payload)
         self._apply(ops)
+
+    def _check_ops(self, ops: list[Op]) -> None:
+        """Refuse what does not make sense: once it was in the log, replay would fail, and the store never open again."""
+        changed: dict[int, int | None] = {}
+
+        def size_of(ident: int | None) -> int | None:
+            volume = self.volumes.get(ident)
+            return changed[ident] if ident in changed else None if volume is None else volume.size_bytes
+
+        for op in ops:
+            size = size_of(op.ident)
+            wrong = size is None
+            match op:
+                case Create(ident, size_bytes, _, source):
+                    least = 0 if source is None else size_of(source)
+                    wrong = size is not None or ident < 1 or least is None or not least <= size_bytes <= _SIZE_MAX_BYTES
+                    changed[ident] = size_bytes
+                case Delete(ident):
+                    changed[ident] = None
+                case Reset(ident, source):
+                    changed[ident] = size_of(source)
+                    wrong = wrong or changed[ident] is None
+                case Resize(ident, size_bytes):
+                    wrong = wrong or not size <= size_bytes <= _SIZE_MAX_BYTES
+                    changed[ident] = size_bytes
+                case SetMeta(0):
+                    wrong = False
+            if wrong:
+                raise BadRequest(what=f"{op}", reason="no such volume, one too many, or a size out of range")
 
     def _apply(self, ops: list[Op]) -> None:
         for op in ops:
@@ -285,7 +319,7 @@ class Store:
                         volume.map.become(self.volumes[source].map)
                         volume.resize(size_bytes)
                 case Delete(ident):
-                    self.volumes.pop(ident).map.drop()
+                    self.volumes.pop(ident).retire()
                 case Reset(ident, source):
                     self.volumes[ident].map.become(self.volumes[source].map)
                     self.volumes[ident].resize(self.volumes[source].size_bytes)

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 from crc32c import crc32c
 
-from simsr.errors import BadRequest, BlockDamaged
+from simsr.errors import BadRequest, BlockDamaged, NotFound
 from simsr.store import layout
 from simsr.store.extent_map import PHYSICAL_MASK, ExtentMap, Usage
 from simsr.store.layout import BLOCK, COUNT_MASK, HOLE, START_SHIFT, ZERO_BLOCK, ZERO_CRC
@@ -106,6 +106,12 @@ class Volume:
     def resize(self, size_bytes: int) -> None:
         self.size_bytes = size_bytes
         self.map.grow((size_bytes + _BLOCK_MASK) >> _BLOCK_SHIFT)
+
+    def retire(self) -> None:
+        """The volume was deleted: let go of its content; whoever still writes to it gets `NotFound`."""
+        self.map.drop()
+        self.size_bytes = 0
+        self._log = _NoLog(self.ident)
 
     @property
     def mapped_bytes(self) -> int:
@@ -381,6 +387,16 @@ class Volume:
             self.map.mapped_blocks += self._usage.release_vector(window)
             window[:] = entries[done : done + count]
             done += count
+
+
+class _NoLog:
+    """Stands where a deleted volume had its log: a record of a volume that is gone could never be replayed."""
+
+    def __init__(self, ident: int) -> None:
+        self._ident = ident
+
+    def room(self) -> tuple[int, int]:
+        raise NotFound(kind="volume", name=self._ident)
 
 
 class _Gather:

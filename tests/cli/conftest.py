@@ -34,6 +34,14 @@ class Outcome:
         return self.out.splitlines()
 
 
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Children find this tree's simsr, installed or not, and no variable of the caller changes what is printed."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    for name in ("SIMSR_SOCKET", "NO_COLOR", "LC_ALL"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture
 def short_directory() -> Iterator[Path]:
     """A directory whose path leaves room for the names of unix sockets, which pytest's own may not."""
@@ -99,19 +107,19 @@ def wait_until(true: Callable[[], object], timeout_s: float = 10.0) -> None:
 
 @pytest.fixture
 def start_simsr() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start ``simsr`` as a process of its own, in its own process group, for tests of signals and terminals."""
+    """Start ``simsr`` as a process of its own, in its own session, for tests of signals and terminals."""
     started: list[subprocess.Popen[str]] = []
 
     def start(*words: str, **options: object) -> subprocess.Popen[str]:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), **options.pop("env", {})}  # type: ignore[dict-item]
+        environment = {**os.environ, **options.pop("env", {})}  # type: ignore[dict-item]
         command = [sys.executable, "-m", "simsr.cli.main", *words]
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-        child = subprocess.Popen(command, text=True, env=environment, process_group=0, **options)  # type: ignore[call-overload]
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "start_new_session": True, **options}
+        child = subprocess.Popen(command, text=True, env=environment, **options)  # type: ignore[call-overload]
         started.append(child)
         return child
 
     yield start
     for child in started:
         if child.poll() is None:
-            child.kill()
+            os.killpg(child.pid, signal.SIGKILL)
         child.communicate()

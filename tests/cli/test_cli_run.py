@@ -5,11 +5,13 @@ With the real daemon; a stand-in takes its place where it has to misbehave.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -26,7 +28,7 @@ def temporary(short_directory, monkeypatch) -> Path:
     monkeypatch.setenv("TMPDIR", str(short_directory))
     monkeypatch.setattr("tempfile.tempdir", None)
     yield short_directory
-    assert list(short_directory.iterdir()) == []
+    assert list(short_directory.glob("simsr-run-*")) == []
 
 
 def daemons_on(directory: Path) -> list[str]:
@@ -88,7 +90,7 @@ def test_ctrl_c_reaches_the_command_once(temporary, start_simsr):
     script = "trap 'echo got; qemu-img info $uri >/dev/null && echo alive' INT; echo ready; sleep 2; sleep 0.3; exit 3"
     child = start_simsr(
         "run", "--size", "1M", "--", "sh", "-c", script,
-        stdin=theirs, preexec_fn=lambda: _take_terminal(theirs), process_group=None,
+        stdin=theirs, start_new_session=True, preexec_fn=lambda: _take_terminal(theirs),
     )  # fmt: skip
     os.close(theirs)
     assert child.stdout.readline() == "ready\n"
@@ -99,11 +101,17 @@ def test_ctrl_c_reaches_the_command_once(temporary, start_simsr):
 
 
 def _take_terminal(descriptor: int) -> None:
-    import fcntl
-    import termios
-
-    os.setsid()
+    """Make the terminal the controlling one of this new session (runs in the child)."""
     fcntl.ioctl(descriptor, termios.TIOCSCTTY, 0)
+
+
+def test_ctrl_c_while_it_starts_leaves_nothing(start_simsr, temporary):
+    child = start_simsr("run", "--size", "1M", "--", "sleep", "60")
+    wait_until(lambda: daemons_on(temporary))
+    os.killpg(child.pid, signal.SIGINT)
+    out, err = child.communicate(timeout=20)
+    assert (child.returncode, out, err) == (130, "", "")
+    assert not daemons_on(temporary)
 
 
 def test_the_daemon_goes_when_simsr_is_killed(start_simsr, short_directory):
@@ -118,8 +126,7 @@ def test_the_daemon_goes_when_simsr_is_killed(start_simsr, short_directory):
         os.kill(command, signal.SIGKILL)
 
 
-def test_a_root_is_kept_and_used_again(simsr, start_simsr, short_directory, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+def test_a_root_is_kept_and_used_again(simsr, short_directory):
     root, cli = str(short_directory / "root"), f"{sys.executable} -m simsr.cli.main"
     keep = f"{cli} vdi create --size 1M --name kept >/dev/null && {cli} sr list --json"
     first = simsr("run", "--size", "1M", "--root", root, "--", "sh", "-c", keep)
@@ -135,9 +142,8 @@ def test_a_root_is_kept_and_used_again(simsr, start_simsr, short_directory, monk
 
 def test_a_root_that_is_in_use(simsr, start_simsr, short_directory):
     root = str(short_directory / "root")
-    child = start_simsr("run", "--size", "1M", "--root", root, "--", "sh", "-c", "echo ready; read line")
-    child_out = child.stdout.readline()
-    assert child_out == "ready\n"
+    child = start_simsr("run", "--size", "1M", "--root", root, "--", "sh", "-c", "echo ready; exec sleep 60")
+    assert child.stdout.readline() == "ready\n"
     done = simsr("run", "--size", "1M", "--root", root, "--", "true")
     assert done.status == 4
     assert "in use by another process" in done.err

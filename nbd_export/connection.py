@@ -1,0 +1,482 @@
+"""One NBD connection: a trio task that moves bytes between a socket and a disk, in batches.
+
+It takes all requests that have arrived with one receive, hands all writes and then all reads
+of that batch to the disk, and sends all replies with one send. It never waits for a disk: what is not in memory, and every
+flush, becomes a task of its own whose reply follows later. So one slow request delays nothing, and one slow client only
+itself: its task waits in ``send`` with at most one buffer of replies, and reads no more requests.
+
+At depth one the cost of a request is the wake-up, not the work. After a reply the task therefore looks for the next
+request for a few microseconds before it goes to sleep (as qemu's event loop does, which calls this adaptive polling), but
+only while that pays off, while it is the only busy connection, and never so long that other tasks notice.
+
+Errors of one connection end that connection, and nothing else.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+from collections.abc import Awaitable, Callable
+from time import perf_counter_ns
+from typing import Protocol
+
+import trio
+
+from nbd_export import constants as c
+from nbd_export.disk import Disk, Disks, Write
+from nbd_export.handshake import Handshake, Negotiated
+from nbd_export.transmission import (
+    DATA_CHUNK,
+    SIMPLE_REPLY,
+    ProtocolError,
+    Request,
+    RequestParser,
+    lazy_buffer,
+    pack_block_status,
+    pack_error_chunk,
+)
+
+__all__ = ["Connection"]
+
+log = logging.getLogger("simsr.nbd")
+
+HANDSHAKE_TIMEOUT_S = 30
+PIECE_BYTES = 256 << 10
+"""Structured replies are sent in pieces of this size, so that what was read is still in the CPU's cache when sent."""
+
+_SMALL_OUT_BYTES = PIECE_BYTES + 4096
+_WHOLE_OUT_BYTES = c.MAX_REQUEST_BYTES + 4096
+_SLOW_MAX = 16  # requests of one connection that wait for a disk at one time
+_STATUS_EXTENTS_MAX = 1 << 15
+_SPIN_MAX_NS = 60_000
+_SPIN_MIN_NS = 4_000
+_TURN_MAX_NS = 500_000
+
+_Piece = tuple[Request, int, int, bool]
+"""(request, offset in bytes, length in bytes, whether it is the last of its request)"""
+
+_CHANGES = (c.NBD_CMD_WRITE, c.NBD_CMD_WRITE_ZEROES, c.NBD_CMD_TRIM)
+
+
+class Owner(Protocol):
+    """The server, as far as a connection knows it."""
+
+    requests_total: int
+
+    def may_spin(self, connection: Connection, now_ns: int) -> bool:
+        """Whether ``connection`` is the only busy one."""
+
+
+def _is_answer(error: Exception) -> bool:
+    """Whether an exception is one to answer a request with, and not a bug."""
+    return isinstance(error, OSError) or hasattr(error, "nbd_errno")
+
+
+class Connection:
+    """One client. `run` is its task."""
+
+    def __init__(self, server: Owner, sock: socket.socket, client: str) -> None:
+        self._server = server
+        self.sock = sock
+        self._client = client
+        self._out = lazy_buffer(_SMALL_OUT_BYTES)
+        self._send_lock = trio.Lock()
+        self._slow = trio.Semaphore(_SLOW_MAX)
+        self._spin_ns = _SPIN_MIN_NS
+        self._turn_began_ns = 0
+        self._flushes_waiting: list[Request] = []
+        self._flush_task_runs = False
+        self._failed: dict[int, Exception] = {}  # cookies of writes in pieces of which one failed
+        self._leftover = b""
+        self._parser: RequestParser
+        self._disk: Disk
+        self._negotiated: Negotiated
+        self._nursery: trio.Nursery
+
+    async def run(self, disks: Disks, fixed_export: str | None) -> None:
+        negotiated = None
+        with trio.move_on_after(HANDSHAKE_TIMEOUT_S):
+            negotiated = await self._shake_hands(disks, fixed_export)
+        if negotiated is None:
+            return
+        self._negotiated = negotiated
+        self._size_bytes = negotiated.export.size_bytes
+        self._parser = RequestParser(0 if negotiated.export.read_only else self._size_bytes)
+        self._parser.feed(self._leftover)
+        self._structured = negotiated.structured_replies
+        self._disk = disks.attach(negotiated.export.name, self._client)
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                await self._transmit()
+        except* (OSError, ProtocolError) as group:
+            raise group.exceptions[0] from None
+        finally:
+            self._disk.detach()
+
+    async def _shake_hands(self, disks: Disks, fixed_export: str | None) -> Negotiated | None:
+        handshake = Handshake(disks, fixed_export=fixed_export)
+        await self._send(handshake.greeting())
+        while handshake.result is None:
+            await trio.lowlevel.wait_readable(self.sock)
+            try:
+                data = self.sock.recv(65536)
+            except BlockingIOError:
+                continue
+            if not data:
+                return None
+            answer = handshake.receive(data)
+            if answer:
+                await self._send(answer)
+            if handshake.closed:
+                return None
+        self._leftover = handshake.leftover
+        return handshake.result
+
+    # The loop.
+
+    async def _transmit(self) -> None:
+        parser, server = self._parser, self._server
+        self._turn_began_ns = perf_counter_ns()
+        while True:
+            batch = parser.requests()
+            if batch:
+                server.requests_total += len(batch)
+                if not await self._handle(batch):
+                    return
+                if parser.has_request:
+                    await trio.lowlevel.checkpoint()
+                    continue
+            if not await self._receive():
+                return
+
+    async def _receive(self) -> bool:
+        """Get more bytes into the parser; False when the client is gone."""
+        space = self._parser.space()
+        now = perf_counter_ns()
+        if now - self._turn_began_ns > _TURN_MAX_NS:
+            await trio.lowlevel.checkpoint()
+            self._turn_began_ns = now = perf_counter_ns()
+        deadline = now + self._spin_ns if self._server.may_spin(self, now) else 0
+        while True:
+            try:
+                count = self.sock.recv_into(space)
+            except BlockingIOError:
+                if deadline:
+                    if perf_counter_ns() < deadline:
+                        continue
+                    deadline = 0
+                    self._spin_ns = max(_SPIN_MIN_NS, self._spin_ns // 2)
+                slept = perf_counter_ns()
+                await trio.lowlevel.wait_readable(self.sock)
+                self._turn_began_ns = perf_counter_ns()
+                if self._turn_began_ns - slept < _SPIN_MAX_NS:
+                    self._spin_ns = min(_SPIN_MAX_NS, self._spin_ns * 4)
+                continue
+            self._parser.received(count)
+            return count > 0
+
+    async def _send(self, data: bytes | memoryview) -> None:
+        """Send all of ``data``, not mixed with what other tasks send."""
+        lock = self._send_lock
+        if lock.locked():
+            await lock.acquire()
+        else:
+            try:
+                sent = self.sock.send(data)
+            except BlockingIOError:
+                sent = 0
+            if sent == len(data):
+                return
+            data = memoryview(data)[sent:]
+            lock.acquire_nowait()
+        try:
+            while data:
+                await trio.lowlevel.wait_writable(self.sock)
+                try:
+                    data = memoryview(data)[self.sock.send(data) :]
+                except BlockingIOError:
+                    pass
+        finally:
+            lock.release()
+
+    # Requests.
+
+    async def _handle(self, batch: list[Request]) -> bool:
+        """Answer one batch; False after DISC."""
+        reads: list[Request] = []
+        writes: list[Write] = []
+        written: list[Request] = []
+        flushes: list[Request] = []
+        answers: list[bytes] = []
+        size, going_on = self._size_bytes, True
+        for request in batch:
+            command, flags, _, offset, length, payload, _ = request
+            if command == c.NBD_CMD_READ and not flags and 0 < length <= c.MAX_REQUEST_BYTES and offset + length <= size:
+                reads.append(request)
+            elif command == c.NBD_CMD_DISC:
+                going_on = False
+                break
+            elif problem := self._problem(request):
+                answers.append(self._error(request, *problem))
+            elif command == c.NBD_CMD_READ:
+                reads.append(request)
+            elif command == c.NBD_CMD_WRITE:
+                writes.append((offset, length, payload))
+                written.append(request)
+            elif command == c.NBD_CMD_WRITE_ZEROES:
+                writes.append((offset, length, None))
+                written.append(request)
+            elif command == c.NBD_CMD_TRIM:
+                start, end = -offset % 4096 + offset, (offset + length) & -4096
+                writes.append((start, max(0, end - start), None))
+                written.append(request)
+            elif command == c.NBD_CMD_FLUSH:
+                flushes.append(request)
+            elif command == c.NBD_CMD_CACHE:
+                await self._later(self._prefetch_and_answer, request)
+            else:
+                answers.append(self._block_status(request))
+        if written:
+            await self._write(writes, written, answers, flushes)
+        if flushes:
+            self._flush(flushes, answers)
+        if answers:
+            await self._send(answers[0] if len(answers) == 1 else b"".join(answers))
+        if reads:
+            await self._read(reads)
+        return going_on
+
+    def _problem(self, request: Request) -> tuple[int, str] | None:
+        """Why a request cannot be carried out: (NBD error, text); None if it can."""
+        command, flags, _, offset, length, _, _ = request
+        if command not in _FLAGS_ALLOWED:
+            return c.NBD_EINVAL, f"unknown command {command}"
+        if flags & ~_FLAGS_ALLOWED[command]:
+            return c.NBD_EINVAL, f"flags {flags:#x} are not allowed with command {command}"
+        if command == c.NBD_CMD_FLUSH:
+            return None
+        changes = command in _CHANGES
+        if changes and self._negotiated.export.read_only:
+            return c.NBD_EPERM, "the export is read-only"
+        if offset + length > self._size_bytes:
+            error = c.NBD_ENOSPC if changes and command != c.NBD_CMD_TRIM else c.NBD_EINVAL
+            return error, f"range {offset}+{length} is beyond the end at {self._size_bytes}"
+        if command == c.NBD_CMD_READ and length > c.MAX_REQUEST_BYTES:
+            return c.NBD_EINVAL, f"a read of {length} bytes exceeds the limit of {c.MAX_REQUEST_BYTES}"
+        if command == c.NBD_CMD_READ and flags & c.NBD_CMD_FLAG_DF and not self._structured:
+            return c.NBD_EINVAL, "the flag DF needs structured replies"
+        if command == c.NBD_CMD_BLOCK_STATUS and not self._negotiated.meta_contexts:
+            return c.NBD_EINVAL, "no metadata context was negotiated"
+        if command == c.NBD_CMD_BLOCK_STATUS and not length:
+            return c.NBD_EINVAL, "block status of an empty range"
+        return None
+
+    async def _later(self, work: Callable[..., Awaitable[None]], *arguments: object) -> None:
+        """Run ``work`` in a task of its own; waits while too many are under way for this client."""
+        await self._slow.acquire()
+        self._nursery.start_soon(self._slow_task, self._limited, work, *arguments)
+
+    async def _limited(self, work: Callable[..., Awaitable[None]], *arguments: object) -> None:
+        try:
+            await work(*arguments)
+        finally:
+            self._slow.release()
+
+    async def _slow_task(self, work: Callable[..., Awaitable[None]], *arguments: object) -> None:
+        try:
+            await work(*arguments)
+        except ConnectionError as error:
+            log.info("%s: gone before its answer: %s", self._client, error)
+
+    def _error(self, request: Request, error: int, text: str) -> bytes:
+        if self._structured and request.command in (c.NBD_CMD_READ, c.NBD_CMD_BLOCK_STATUS):
+            return pack_error_chunk(request.cookie, error, text)
+        return SIMPLE_REPLY.pack(c.NBD_SIMPLE_REPLY_MAGIC, error, request.cookie)
+
+    def _failure(self, request: Request, error: Exception) -> bytes:
+        number = getattr(error, "nbd_errno", None) or getattr(error, "errno", None) or errno.EIO
+        where = f"{request.command} at {request.offset}+{request.length}"
+        log.warning("%s: request %s failed: %s", self._client, where, error)
+        return self._error(request, c.wire_error(number), str(error))
+
+    # Writing.
+
+    async def _write(
+        self, writes: list[Write], requests: list[Request], answers: list[bytes], flushes: list[Request]
+    ) -> None:
+        """Write; what is done goes into ``answers``, what has to be durable first into ``flushes``."""
+        try:
+            done = self._disk.write(writes)
+            if done < len(writes):
+                await self._disk.write_rest(writes, done)
+        except Exception as error:
+            if not _is_answer(error):
+                raise
+            for request in requests:
+                if request.final:
+                    self._failed.pop(request.cookie, None)
+                    answers.append(self._failure(request, error))
+                else:
+                    self._failed[request.cookie] = error
+            return
+        pack, magic = SIMPLE_REPLY.pack, c.NBD_SIMPLE_REPLY_MAGIC
+        for request in requests:
+            if not request.final:
+                continue
+            if request.cookie in self._failed:
+                answers.append(self._failure(request, self._failed.pop(request.cookie)))
+            elif request.flags & c.NBD_CMD_FLAG_FUA:
+                flushes.append(request)
+            else:
+                answers.append(pack(magic, 0, request.cookie))
+
+    def _flush(self, requests: list[Request], answers: list[bytes]) -> None:
+        """Answer at once if everything is durable; else leave it to the flushing task, which serves all that wait."""
+        if self._disk.is_durable():
+            answers += [SIMPLE_REPLY.pack(c.NBD_SIMPLE_REPLY_MAGIC, 0, request.cookie) for request in requests]
+            return
+        if not self._flushes_waiting and not self._flush_task_runs:
+            self._flush_task_runs = True
+            self._nursery.start_soon(self._slow_task, self._answer_flushes)
+        self._flushes_waiting += requests
+
+    async def _answer_flushes(self) -> None:
+        try:
+            while self._flushes_waiting:
+                requests, self._flushes_waiting = self._flushes_waiting, []
+                try:
+                    await self._disk.flush()
+                except Exception as error:
+                    if not _is_answer(error):
+                        raise
+                    await self._send(b"".join(self._failure(request, error) for request in requests))
+                else:
+                    done = [SIMPLE_REPLY.pack(c.NBD_SIMPLE_REPLY_MAGIC, 0, request.cookie) for request in requests]
+                    await self._send(b"".join(done))
+        finally:
+            self._flush_task_runs = False
+
+    # Reading.
+
+    async def _read(self, requests: list[Request]) -> None:
+        """Answer reads, as many as fit into the buffer with each send."""
+        pieces: list[_Piece] = []
+        room = len(self._out)
+        structured = self._structured
+        header_bytes = DATA_CHUNK.size if structured else SIMPLE_REPLY.size
+        used = 0
+        given_away: set[int] = set()  # cookies of requests that a task of their own will finish
+        for request in requests:
+            offset, left = request.offset, request.length
+            whole = not structured or request.flags & c.NBD_CMD_FLAG_DF
+            while left and request.cookie not in given_away:
+                length = left if whole or left <= PIECE_BYTES else PIECE_BYTES
+                if used + header_bytes + length > room:
+                    if pieces:
+                        await self._send_pieces(pieces, used, given_away)
+                    pieces, used = [], 0
+                    if request.cookie in given_away:
+                        break
+                    if header_bytes + length > room:
+                        self._out = lazy_buffer(_WHOLE_OUT_BYTES)
+                        room = len(self._out)
+                left -= length
+                pieces.append((request, offset, length, not left))
+                used += header_bytes + length
+                offset += length
+        if pieces:
+            await self._send_pieces(pieces, used, given_away)
+
+    async def _send_pieces(self, pieces: list[_Piece], used: int, given_away: set[int]) -> None:
+        out, structured = self._out, self._structured
+        header_bytes = DATA_CHUNK.size if structured else SIMPLE_REPLY.size
+        at, batch = 0, []
+        for request, offset, length, last in pieces:
+            if structured:
+                DATA_CHUNK.pack_into(
+                    out, at, c.NBD_STRUCTURED_REPLY_MAGIC, 1 if last else 0, c.NBD_REPLY_TYPE_OFFSET_DATA, request.cookie,
+                    8 + length, offset,
+                )  # fmt: skip
+            else:
+                SIMPLE_REPLY.pack_into(out, at, c.NBD_SIMPLE_REPLY_MAGIC, 0, request.cookie)
+            at += header_bytes
+            batch.append((offset, out[at : at + length]))
+            at += length
+        try:
+            cold = self._disk.read(batch)
+        except Exception as error:
+            if not _is_answer(error):
+                raise
+            cold = list(range(len(pieces)))  # repeated one by one below, so that each gets its own answer
+        if not cold:
+            await self._send(out[:used])
+            return
+        await self._send_around(pieces, set(cold), header_bytes, given_away)
+
+    async def _send_around(self, pieces: list[_Piece], cold: set[int], header_bytes: int, given_away: set[int]) -> None:
+        """Send the pieces that are there; from the first cold piece of a request on, leave it to a task."""
+        at, ready = 0, []
+        for index, (request, offset, length, _) in enumerate(pieces):
+            end = at + header_bytes + length
+            if request.cookie in given_away:
+                pass
+            elif index in cold:
+                given_away.add(request.cookie)
+                rest = request.offset + request.length - offset
+                await self._later(self._read_cold, request, offset, rest)
+            else:
+                ready.append(bytes(self._out[at:end]))
+            at = end
+        if ready:
+            await self._send(b"".join(ready))
+
+    async def _read_cold(self, request: Request, offset: int, length: int) -> None:
+        header_bytes = DATA_CHUNK.size if self._structured else SIMPLE_REPLY.size
+        answer = memoryview(bytearray(header_bytes + length))
+        try:
+            await self._disk.read_cold(offset, answer[header_bytes:])
+        except Exception as error:
+            if not _is_answer(error):
+                raise
+            await self._send(self._failure(request, error))
+            return
+        if self._structured:
+            DATA_CHUNK.pack_into(
+                answer, 0, c.NBD_STRUCTURED_REPLY_MAGIC, 1, c.NBD_REPLY_TYPE_OFFSET_DATA, request.cookie, 8 + length, offset
+            )  # fmt: skip
+        else:
+            SIMPLE_REPLY.pack_into(answer, 0, c.NBD_SIMPLE_REPLY_MAGIC, 0, request.cookie)
+        await self._send(answer)
+
+    # The rest.
+
+    async def _prefetch_and_answer(self, request: Request) -> None:
+        try:
+            await self._disk.prefetch(request.offset, request.length)
+        except Exception as error:
+            if not _is_answer(error):
+                raise
+            await self._send(self._failure(request, error))
+        else:
+            await self._send(SIMPLE_REPLY.pack(c.NBD_SIMPLE_REPLY_MAGIC, 0, request.cookie))
+
+    def _block_status(self, request: Request) -> bytes:
+        extents_max = 1 if request.flags & c.NBD_CMD_FLAG_REQ_ONE else _STATUS_EXTENTS_MAX
+        extents = self._disk.allocation(request.offset, request.length, extents_max)
+        flags = [(length, 0 if data else c.NBD_STATE_HOLE | c.NBD_STATE_ZERO) for length, data in extents]
+        return pack_block_status(request.cookie, [(ident, flags) for ident in self._negotiated.meta_contexts.values()])
+
+
+_FLAGS_ALLOWED = {
+    c.NBD_CMD_READ: c.NBD_CMD_FLAG_FUA | c.NBD_CMD_FLAG_DF,
+    c.NBD_CMD_WRITE: c.NBD_CMD_FLAG_FUA,
+    c.NBD_CMD_FLUSH: c.NBD_CMD_FLAG_FUA,
+    c.NBD_CMD_TRIM: c.NBD_CMD_FLAG_FUA,
+    c.NBD_CMD_CACHE: c.NBD_CMD_FLAG_FUA,
+    c.NBD_CMD_WRITE_ZEROES: c.NBD_CMD_FLAG_FUA | c.NBD_CMD_FLAG_NO_HOLE | c.NBD_CMD_FLAG_FAST_ZERO,
+    c.NBD_CMD_BLOCK_STATUS: c.NBD_CMD_FLAG_FUA | c.NBD_CMD_FLAG_REQ_ONE,
+}
+"""Flags that a command may carry. FUA is harmless on any of them, and some clients set it on all."""
+
