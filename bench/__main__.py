@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from bench import fio
@@ -107,17 +108,30 @@ def compare(arguments: argparse.Namespace, rows: list[dict]) -> None:
     if not workloads:
         return
     with all_servers(arguments) as servers:
-        for server in servers:
-            tell(f"writing {server.name}'s disk")
-            fio.fill_in_order(server.uri, arguments.size)
-        for state in ("fresh",) if arguments.skip_steady else ("fresh", "steady"):
-            if state == "steady":
-                for server in servers:
-                    tell(f"overwriting {server.name}'s disk twice, at random")
-                    fio.overwrite_twice(server.uri, arguments.size)
-            of_state = rows_of(state, measure_table(servers, workloads, arguments.rounds, arguments.seconds, tell))
+        for state, prepare in STATES.items():
+            if state == "steady" and arguments.skip_steady:
+                continue
+            samples = measure_table(
+                servers, workloads, arguments.rounds, arguments.seconds, tell, partial(prepare, arguments.size)
+            )
+            of_state = rows_of(state, samples)
             rows += of_state
             print(table_text(state, of_state), end="\n\n", flush=True)
+
+
+def _write_once(size_bytes: int, server: Served, round_number: int) -> None:
+    if round_number == 0:
+        tell(f"writing {server.name}'s disk")
+        fio.fill_in_order(server.uri, size_bytes)
+
+
+def _overwrite(size_bytes: int, server: Served, round_number: int) -> None:
+    tell(f"overwriting {server.name}'s disk twice, at random")
+    fio.overwrite_twice(server.uri, size_bytes)
+
+
+STATES = {"fresh": _write_once, "steady": _overwrite}
+"""The tables, in order, and what happens to every disk before each round. No server is restarted in between."""
 
 
 def operate(arguments: argparse.Namespace, findings: list[Finding]) -> None:

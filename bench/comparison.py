@@ -39,10 +39,16 @@ def measure_table(
     rounds: int,
     seconds: float,
     tell: Callable[[str], None],
+    prepare: Callable[[Served, int], None],
 ) -> list[Sample]:
-    """Measure all ``workloads`` on all ``servers``, ``rounds`` times. ``tell`` gets a line for every row measured."""
+    """Measure all ``workloads`` on all ``servers``, ``rounds`` times. ``tell`` gets a line for every row measured.
+
+    ``prepare`` brings a server's disk into the state that the round (its number) is to begin with.
+    """
     samples = []
     for round_number in range(rounds):
+        for server in servers:
+            prepare(server, round_number)
         for workload in workloads:
             now = {}
             for server in order_of_round(servers, round_number):

@@ -46,12 +46,14 @@ def checked_text(what: str, text: str) -> str:
 class Client:
     """Requests to one daemon.
 
-    Requests: `get`, `post`, `delete`. Paths: `sr_path`, `vdi_path`.
+    Requests: `get`, `post`, `delete`. Paths: `sr_path`, `vdi_path`. ``store_ms``: how long the last change took in the
+    daemon, until it was durable, in milliseconds; None if that was no change.
     """
 
     def __init__(self, socket_path: str) -> None:
         self.socket_path = socket_path
         self._http: httpx.Client | None = None
+        self.store_ms: float | None = None
 
     def close(self) -> None:
         """Close the connection; the client can be used again afterwards."""
@@ -93,6 +95,7 @@ class Client:
             raise self._unreachable("the answer broke off or was not HTTP") from None
         except httpx.TransportError as error:
             raise self._unreachable(str(error)) from None
+        self.store_ms = _store_ms(response.headers.get("Server-Timing", ""))
         if response.status_code == httpx.codes.NO_CONTENT:
             return None
         try:
@@ -138,6 +141,14 @@ class Session:
 
     client: Client = field(default_factory=lambda: Client(DEFAULT_SOCKET))
     debug: bool = False
+
+
+def _store_ms(server_timing: str) -> float | None:
+    name, _, value = server_timing.partition(";dur=")
+    try:
+        return float(value) if name == "store" else None
+    except ValueError:
+        return None
 
 
 def _object_path(collection: str, kind: str, name: str, rest: tuple[str, ...]) -> str:

@@ -21,7 +21,8 @@ from starlette.exceptions import HTTPException
 
 from simsr import __version__
 from simsr.daemon.host import Host, Mounted
-from simsr.errors import BadRequest, NotFound, SimsrError
+from simsr.errors import BadRequest, NotFound, SimsrError, SrExists, VdiExists
+from simsr.sr.repository import check_sm_config, check_uuid
 from simsr.sr.vdi import Vdi
 
 __all__ = ["make_app"]
@@ -40,7 +41,7 @@ class Body(BaseModel):
 
 class SrCreate(Body):
     name: Text
-    uuid: str | None = None
+    uuid: Annotated[str, Field(min_length=1)] | None = None
     description: Text = ""
     sm_config: dict[str, str] = {}
 
@@ -166,8 +167,8 @@ class DaemonOut(BaseModel):
 
 
 def make_app(host: Host, control_socket: str | None, nbd_tcp: str | None) -> FastAPI:
-    """The application that serves ``host``."""
-    app = FastAPI(title="simsrd", version=__version__, docs_url=None, redoc_url=None)
+    """The application that serves ``host``. Names in paths may hold slashes, hence the ``:path`` in the routes."""
+    app = FastAPI(title="simsrd", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     _add_error_handlers(app)
     _add_daemon_routes(app, host, control_socket, nbd_tcp)
     _add_sr_routes(app, host)
@@ -197,14 +198,17 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def not_valid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body") or "the request body"
+        # What is no JSON has the position of the mistake, a number, for a name.
+        where = ".".join(part for part in first["loc"] if part != "body" and isinstance(part, str)) or "the request body"
         return _error_response(BadRequest(what=where, reason=first["msg"]))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
         if error.status_code == 404:
             return _error_response(NotFound(kind="API path", name=request.url.path))
-        return _error_response(BadRequest(what="the request", reason=str(error.detail)), error.status_code)
+        answer = _error_response(BadRequest(what="the request", reason=str(error.detail)), error.status_code)
+        answer.headers.update(error.headers or {})  # which methods are allowed
+        return answer
 
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> JSONResponse:
@@ -245,29 +249,39 @@ def _add_sr_routes(app: FastAPI, host: Host) -> None:
     async def create_sr(body: SrCreate, response: Response) -> dict:
         """Make an SR."""
         began = trio.current_time()
-        mounted = await host.create_sr(body.name, body.uuid, body.description, body.sm_config)
+        mounted = await host.create_sr(body.name, body.uuid, body.description, check_sm_config(body.sm_config))
         _timed(response, began)
         return describe(mounted)
 
-    @app.get("/v1/srs/{sr}", response_model=SrOut)
+    @app.get("/v1/srs/{sr:path}", response_model=SrOut)
     async def show_sr(sr: str) -> dict:
         """One SR."""
         return describe(host.find_sr(sr))
 
-    @app.patch("/v1/srs/{sr}", response_model=SrOut)
+    @app.patch("/v1/srs/{sr:path}", response_model=SrOut)
     async def update_sr(sr: str, body: SrUpdate, response: Response) -> dict:
         """Change name, description or sm_config of an SR."""
         began = trio.current_time()
         mounted = host.find_sr(sr)
+        if any(other is not mounted and other.repository.name == body.name for other in host.mounted.values()):
+            raise SrExists(name=body.name)
         mounted.repository.update_self(**_given(body))
         await mounted.engine.flush()
         _timed(response, began)
         return describe(mounted)
 
-    @app.delete("/v1/srs/{sr}", status_code=204)
-    async def delete_sr(sr: str) -> None:
+    @app.delete("/v1/srs/{sr:path}", status_code=204)
+    async def delete_sr(sr: str, response: Response) -> None:
         """Delete an SR without VDIs."""
+        began = trio.current_time()
         await host.delete_sr(sr)
+        _timed(response, began)
+
+
+def _refuse_taken(host: Host, uuid: str | None) -> None:
+    """A uuid names a VDI (and its NBD export) in all SRs of the daemon, not only in its own. Raises `VdiExists`."""
+    if uuid is not None and any(check_uuid(uuid) in mounted.repository.vdis for mounted in host.mounted.values()):
+        raise VdiExists(uuid=check_uuid(uuid))
 
 
 def _describe_vdi(host: Host, vdi: Vdi) -> dict:
@@ -287,18 +301,19 @@ def _add_vdi_routes(app: FastAPI, host: Host) -> None:
         """Make an empty disk."""
         began = trio.current_time()
         mounted = host.find_sr(body.sr)
+        _refuse_taken(host, body.uuid)
         vdi = mounted.repository.create(**body.model_dump(exclude={"sr"}))
         host.added(vdi)
         await mounted.engine.flush()
         _timed(response, began)
         return _describe_vdi(host, vdi)
 
-    @app.get("/v1/vdis/{vdi}", response_model=VdiOut)
+    @app.get("/v1/vdis/{vdi:path}", response_model=VdiOut)
     async def show_vdi(vdi: str) -> dict:
         """One VDI."""
         return _describe_vdi(host, host.find_vdi(vdi)[1])
 
-    @app.patch("/v1/vdis/{vdi}", response_model=VdiOut)
+    @app.patch("/v1/vdis/{vdi:path}", response_model=VdiOut)
     async def update_vdi(vdi: str, body: VdiUpdate, response: Response) -> dict:
         """Change the metadata of a VDI."""
         began = trio.current_time()
@@ -308,14 +323,14 @@ def _add_vdi_routes(app: FastAPI, host: Host) -> None:
         _timed(response, began)
         return _describe_vdi(host, found)
 
-    @app.delete("/v1/vdis/{vdi}", status_code=204)
+    @app.delete("/v1/vdis/{vdi:path}", status_code=204)
     async def delete_vdi(vdi: str, response: Response) -> None:
         """Delete a VDI that nobody is attached to."""
         began = trio.current_time()
         await host.delete_vdi(*host.find_vdi(vdi))
         _timed(response, began)
 
-    @app.post("/v1/vdis/{vdi}/resize", response_model=VdiOut)
+    @app.post("/v1/vdis/{vdi:path}/resize", response_model=VdiOut)
     async def resize_vdi(vdi: str, body: Resize, response: Response) -> dict:
         """Grow a disk."""
         began = trio.current_time()
@@ -325,7 +340,7 @@ def _add_vdi_routes(app: FastAPI, host: Host) -> None:
         _timed(response, began)
         return _describe_vdi(host, found)
 
-    @app.post("/v1/vdis/{vdi}/attach", response_model=AttachOut)
+    @app.post("/v1/vdis/{vdi:path}/attach", response_model=AttachOut)
     async def attach_vdi(vdi: str, body: Attach) -> dict:
         """Attach for a host; the same client again changes nothing."""
         mounted, found = host.find_vdi(vdi)
@@ -335,7 +350,7 @@ def _add_vdi_routes(app: FastAPI, host: Host) -> None:
             "size_bytes": found.size_bytes,
         }  # fmt: skip
 
-    @app.post("/v1/vdis/{vdi}/detach", status_code=204)
+    @app.post("/v1/vdis/{vdi:path}/detach", status_code=204)
     async def detach_vdi(vdi: str, body: Detach) -> None:
         """End what attach began; no error if nothing is attached."""
         mounted, found = host.find_vdi(vdi)
@@ -343,28 +358,30 @@ def _add_vdi_routes(app: FastAPI, host: Host) -> None:
 
 
 def _add_history_routes(app: FastAPI, host: Host) -> None:
-    @app.post("/v1/vdis/{vdi}/snapshot", response_model=VdiOut, status_code=201)
+    @app.post("/v1/vdis/{vdi:path}/snapshot", response_model=VdiOut, status_code=201)
     async def snapshot(vdi: str, response: Response, body: Descend | None = None) -> dict:
         """Keep the content of a VDI as it is now, attached or not."""
         began = trio.current_time()
         mounted, found = host.find_vdi(vdi)
+        _refuse_taken(host, body.uuid if body else None)
         new = mounted.repository.snapshot(found, **(body.model_dump() if body else {}))
         await mounted.engine.flush()
         _timed(response, began)
         return _describe_vdi(host, new)
 
-    @app.post("/v1/vdis/{vdi}/clone", response_model=VdiOut, status_code=201)
+    @app.post("/v1/vdis/{vdi:path}/clone", response_model=VdiOut, status_code=201)
     async def clone(vdi: str, response: Response, body: Descend | None = None) -> dict:
         """Make a disk with the content of a VDI."""
         began = trio.current_time()
         mounted, found = host.find_vdi(vdi)
+        _refuse_taken(host, body.uuid if body else None)
         new = mounted.repository.clone(found, **(body.model_dump() if body else {}))
         host.added(new)
         await mounted.engine.flush()
         _timed(response, began)
         return _describe_vdi(host, new)
 
-    @app.post("/v1/vdis/{vdi}/revert", response_model=RevertOut)
+    @app.post("/v1/vdis/{vdi:path}/revert", response_model=RevertOut)
     async def revert(vdi: str, response: Response, body: Revert | None = None) -> dict:
         """Take the disk of this snapshot back to it; its uuid, location and name stay."""
         began = trio.current_time()

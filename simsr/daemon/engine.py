@@ -39,6 +39,7 @@ class Engine:
         self.store = store
         self._flushing: trio.Event | None = None
         self._upkeep = trio.Event()
+        self._spares_wanted = trio.Event()
         self._room = trio.Condition()
         self._cold = trio.CapacityLimiter(_COLD_THREADS)
         self._upkeep_threads = trio.CapacityLimiter(2)
@@ -49,6 +50,7 @@ class Engine:
     def wake(self) -> None:
         """There may be upkeep to do."""
         self._upkeep.set()
+        self._spares_wanted.set()
 
     # Flushing.
 
@@ -98,8 +100,6 @@ class Engine:
                 with trio.move_on_after(UPKEEP_PERIOD_S) as timeout:
                     await self._upkeep.wait()
                 self._upkeep = trio.Event()
-                async with self._room:
-                    self._room.notify_all()
                 try:
                     quiet = timeout.cancelled_caught and self.store.log.flush_needed_seq != idle_seq
                     if self.store.wants_checkpoint or (quiet and self.store.log.failure is None):
@@ -109,6 +109,7 @@ class Engine:
                         await trio.lowlevel.checkpoint()
                 except StoreStopped as error:
                     log.error("%s", error)
+                    await self._room_changed()
 
     async def checkpoint(self) -> None:
         """Write a checkpoint beside the running load."""
@@ -119,15 +120,18 @@ class Engine:
             except OSError as error:
                 self.store.end_checkpoint(job, error)
             self.store.end_checkpoint(job)
+        await self._room_changed()
+
+    async def _room_changed(self) -> None:
         async with self._room:
             self._room.notify_all()
 
     async def _make_spares(self) -> None:
         pool = self.store.pool
         while True:
-            async with self._room:
-                while not pool.wanted or self.store.log.failure is not None:
-                    await self._room.wait()
+            while not pool.wanted or self.store.log.failure is not None:
+                await self._spares_wanted.wait()
+                self._spares_wanted = trio.Event()
             slot, file = pool.next_slot(), None
             try:
                 file = await trio.to_thread.run_sync(pool.make_file, slot, limiter=self._upkeep_threads)
@@ -137,8 +141,7 @@ class Engine:
                 log.warning("%s", error)
             finally:
                 pool.add(slot, file)
-                async with self._room:
-                    self._room.notify_all()
+                await self._room_changed()
             if file is None:
                 await trio.sleep(_NO_SPACE_PAUSE_S)
 
@@ -151,13 +154,12 @@ class Engine:
 
     async def make_room(self, blocks: int) -> None:
         """Wait until `has_room`. Raises `NoSpace` when no segment file can be made, `StoreStopped`."""
-        while not self.has_room(blocks):
-            self.store.log.raise_if_stopped()
-            if self._no_space is not None:
-                raise self._no_space
-            self.wake()
-            async with self._room:
-                self._room.notify_all()
+        self.wake()
+        async with self._room:
+            while not self.has_room(blocks):
+                self.store.log.raise_if_stopped()
+                if self._no_space is not None:
+                    raise self._no_space
                 await self._room.wait()
 
     def statistics(self) -> dict[str, int]:

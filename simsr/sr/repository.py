@@ -23,12 +23,14 @@ from simsr.errors import SrInUse, SrNotEmpty, VdiExists, VdiInUse, VdiReadOnly
 from simsr.sr.vdi import VDI_TYPES, Attachment, Vdi
 from simsr.store.store import Create, Delete, Reset, Resize, SetMeta, Store
 
-__all__ = ["Repository", "Reverted", "check_uuid", "check_text", "SIZE_MAX_BYTES", "SECTOR_BYTES"]
+__all__ = ["Repository", "Reverted", "check_uuid", "check_text", "check_sm_config", "SIZE_MAX_BYTES", "SECTOR_BYTES"]
 
 SECTOR_BYTES = 512
 SIZE_MAX_BYTES = 1 << 48  # what the map's 36-bit block numbers address; LARGE_VDI of XenAPI ends far below
 TEXT_MAX = 4096
 SM_CONFIG_MAX = 32768
+_SR_FIELDS = frozenset({"name", "description", "sm_config"})
+_VDI_FIELDS = _SR_FIELDS | {"managed", "read_only", "sharable"}
 
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 
@@ -50,19 +52,21 @@ def check_uuid(text: str) -> str:
     return lower
 
 
-def check_text(what: str, text: str) -> str:
-    """Return ``text``. Raises `BadRequest` if it is too long or holds a NUL."""
-    if len(text.encode(errors="surrogatepass")) > TEXT_MAX or "\0" in text:
-        raise BadRequest(what=what, reason=f"it must have no NUL and at most {TEXT_MAX} bytes of UTF-8")
+def check_text(what: str, text: str, bytes_max: int = TEXT_MAX) -> str:
+    """Return ``text``. Raises `BadRequest` if it is too long, holds a NUL, or cannot be written as UTF-8."""
     try:
-        text.encode()
+        size_bytes = len(text.encode())
     except UnicodeEncodeError:
         raise BadRequest(what=what, reason="it is not valid Unicode") from None
+    if size_bytes > bytes_max or "\0" in text:
+        raise BadRequest(what=what, reason=f"it must have no NUL and at most {bytes_max} bytes of UTF-8")
     return text
 
 
-def _check_sm_config(sm_config: dict[str, str]) -> dict[str, str]:
-    if sum(len(key.encode()) + len(value.encode()) for key, value in sm_config.items()) > SM_CONFIG_MAX:
+def check_sm_config(sm_config: dict[str, str]) -> dict[str, str]:
+    """Return a copy of ``sm_config``. Raises `BadRequest` if it is too large or holds what `check_text` refuses."""
+    texts = [text for item in sm_config.items() for text in item]
+    if sum(len(check_text("sm_config", text, SM_CONFIG_MAX).encode()) for text in texts) > SM_CONFIG_MAX:
         raise BadRequest(what="sm_config", reason=f"it is larger than {SM_CONFIG_MAX} bytes")
     return dict(sm_config)
 
@@ -115,12 +119,14 @@ class Repository:
             raise BadRequest(what=f"VDI type {type!r}", reason=f"it is none of {', '.join(sorted(VDI_TYPES))}")
         return self._add(
             _round_size(size_bytes), None, uuid, name=check_text("name", name), sharable=sharable, read_only=read_only,
-            description=check_text("description", description), type=type, sm_config=_check_sm_config(sm_config or {}),
+            description=check_text("description", description), type=type, sm_config=check_sm_config(sm_config or {}),
             snapshot_of=None, snapshot_time=None,
         )  # fmt: skip
 
     def _add(self, size_bytes: int, source: Vdi | None, uuid: str | None, **meta: object) -> Vdi:
-        uuid = check_uuid(uuid) if uuid else self._new_uuid()
+        if source is not None:
+            self._refuse_if_gone(source)
+        uuid = self._new_uuid() if uuid is None else check_uuid(uuid)
         if uuid in self.vdis:
             raise VdiExists(uuid=uuid)
         family = source.family if source else uuid
@@ -131,13 +137,15 @@ class Repository:
         return vdi
 
     def delete(self, vdi: Vdi) -> None:
-        """Remove a VDI; its snapshots and clones stay as they are. Raises `VdiInUse`."""
+        """Remove a VDI; its snapshots and clones stay as they are. Raises `VdiInUse`, `NotFound`."""
+        self._refuse_if_gone(vdi)
         self._refuse_if_used(vdi, "delete")
         self.store.commit([Delete(vdi.volume.ident)])
         del self.vdis[vdi.uuid]
 
     def resize(self, vdi: Vdi, size_bytes: int) -> None:
         """Grow a disk, attached or not; clients see it when they connect anew. Raises `ShrinkRefused`, `VdiReadOnly`."""
+        self._refuse_if_gone(vdi)
         size_bytes = _round_size(size_bytes)
         if vdi.read_only:
             raise VdiReadOnly(uuid=vdi.uuid)
@@ -147,22 +155,26 @@ class Repository:
             self.store.commit([Resize(vdi.volume.ident, size_bytes)])
 
     def update(self, vdi: Vdi, **changes: object) -> None:
-        """Change any of name, description, sm_config, managed, read_only, sharable."""
-        meta = self._changed(vdi.volume.meta, changes)
+        """Change any of name, description, sm_config, managed, read_only, sharable. Raises `BadRequest`, `VdiInUse`."""
+        self._refuse_if_gone(vdi)
+        meta = self._changed(vdi.volume.meta, changes, _VDI_FIELDS)
         if meta != vdi.volume.meta:
             if meta["read_only"] and not vdi.read_only:
                 self._refuse_if_used(vdi, "make read-only")
+            hosts = [attachment for attachment in vdi.attachments.values() if attachment.kind == "attach"]
+            if not meta["sharable"] and len(hosts) > 1 and any(host.writable for host in hosts):
+                self._refuse_if_used(vdi, "stop sharing")
             self.store.commit([SetMeta(vdi.volume.ident, meta)])
 
-    def _changed(self, meta: dict, changes: dict) -> dict:
+    def _changed(self, meta: dict, changes: dict, fields: frozenset[str]) -> dict:
+        unknown = changes.keys() - fields
+        if unknown:
+            raise BadRequest(what=", ".join(sorted(unknown)), reason="there is no such field that can be changed")
         for key in ("name", "description"):
             if key in changes:
                 check_text(key, changes[key])
         if "sm_config" in changes:
-            changes["sm_config"] = _check_sm_config(changes["sm_config"])
-        unknown = changes.keys() - meta.keys()
-        if unknown:
-            raise BadRequest(what=", ".join(sorted(unknown)), reason="there is no such field")
+            changes["sm_config"] = check_sm_config(changes["sm_config"])
         return {**meta, **changes}
 
     # History.
@@ -190,7 +202,7 @@ class Repository:
             name=old["name"] if name is None else check_text("name", name),
             description=old["description"] if description is None else check_text("description", description),
             type=old["type"], sharable=False, read_only=False,
-            sm_config=dict(old["sm_config"]) if sm_config is None else _check_sm_config(sm_config), **meta,
+            sm_config=dict(old["sm_config"]) if sm_config is None else check_sm_config(sm_config), **meta,
         )  # fmt: skip
 
     def revert(self, snapshot: Vdi, target: str | None = None) -> Reverted:
@@ -201,9 +213,10 @@ class Repository:
 
         Raises `NotASnapshot`, `SnapshotOfOther`, `NotFound` (the disk is gone), `VdiInUse`, with nothing changed.
         """
+        self._refuse_if_gone(snapshot)
         if not snapshot.is_a_snapshot:
             raise NotASnapshot(uuid=snapshot.uuid)
-        vdi = self.get(check_uuid(target) if target else snapshot.snapshot_of)
+        vdi = self.get(snapshot.snapshot_of if target is None else check_uuid(target))
         if vdi.uuid != snapshot.snapshot_of and (vdi.family != snapshot.family or vdi.is_a_snapshot):
             raise SnapshotOfOther(snapshot=snapshot.uuid, origin=snapshot.snapshot_of, target=vdi.uuid)
         self._refuse_if_used(vdi, "revert")
@@ -234,6 +247,11 @@ class Repository:
         """Note that the use ``key`` has ended; nothing happens if there is none."""
         vdi.attachments.pop(key, None)
 
+    def _refuse_if_gone(self, vdi: Vdi) -> None:
+        """Callers may have waited since they found ``vdi``, and a record about a VDI that is gone could not be replayed."""
+        if self.vdis.get(vdi.uuid) is not vdi:
+            raise NotFound(kind="VDI", name=vdi.uuid)
+
     @staticmethod
     def _refuse_if_used(vdi: Vdi, operation: str) -> None:
         if vdi.attachments:
@@ -242,8 +260,10 @@ class Repository:
     # Itself.
 
     def update_self(self, **changes: object) -> None:
-        """Change any of name, description, sm_config of the SR."""
-        meta = self._changed(self.store.meta, changes)
+        """Change any of name, description, sm_config of the SR. Raises `BadRequest`."""
+        meta = self._changed(self.store.meta, changes, _SR_FIELDS)
+        if not meta["name"]:
+            raise BadRequest(what="the name of the SR", reason="it is empty")
         if meta != self.store.meta:
             self.store.commit([SetMeta(0, meta)])
 

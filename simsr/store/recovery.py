@@ -119,7 +119,7 @@ def find_tail(found: list[tuple[Segment, bytes]], block: Super, path: str) -> Ta
                 dropped += 1
                 durable_seq = max(durable_seq, record.durable_seq)
     if durable_seq > seq:
-        where = f"{segment_name(end_scan.segment.slot)} at offset {end_offset}" if end_scan else "the log after the checkpoint"
+        where = f"{segment_name((end_scan or scans[0]).segment.slot)} at offset {end_offset}"
         raise StoreDamaged(
             path=path, reason=f"{where}: record {seq + 1} is not valid, but records up to {durable_seq} had been flushed"
         )

@@ -166,6 +166,10 @@ class Store:
                 return cls._recover_from(directory, block)
             except StoreDamaged as error:
                 failure = failure or error
+        good = {ckpt.super_name(block.generation) for block in supers}
+        bad = [name for name in ("super.0", "super.1") if name in directory.names() and name not in good]
+        if bad:
+            raise StoreDamaged(path=directory.path, reason=f"{bad[0]} is not valid, and without it: {failure.details['reason']}")
         raise failure
 
     @classmethod

@@ -272,7 +272,7 @@ class Volume:
     @staticmethod
     def blocks_needed(batch: Sequence[Write]) -> int:
         """An upper bound of the data blocks that writing ``batch`` takes from the log."""
-        return sum((length >> _BLOCK_SHIFT) + 2 for _, length, view in batch)
+        return sum(2 if view is None else (length >> _BLOCK_SHIFT) + 2 for _, length, view in batch)
 
     def write(self, batch: Sequence[Write], start: int = 0, fetched: Fetched | None = None) -> int:
         """Write ``batch[start:]`` in order; returns how many requests of ``batch`` are done.

@@ -1,0 +1,83 @@
+"""Fixtures: an NbdServer in this process over disks of memory, and a real daemon that the tests of a file share."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "daemon"))
+
+from daemon_tools import Simsrd, short_directory  # noqa: E402
+from fake_disks import Client, FakeDisk, FakeDisks  # noqa: E402
+
+from nbd_export.server import NbdServer, listen_unix  # noqa: E402
+
+
+class Rig:
+    """A server on a unix socket, and the clients that a test makes."""
+
+    def __init__(self, nursery, path: str) -> None:
+        self.disks = FakeDisks()
+        self.disk = self.disks.add("disk", FakeDisk())
+        self.server = NbdServer(self.disks)
+        self.path = path
+        self.clients: list[Client] = []
+        self.listener = listen_unix(path)
+        nursery.start_soon(self.server.serve, self.listener)
+
+    async def connect(self, name: str = "disk", **options: object) -> Client:
+        client = await Client.connect(self.path, name, **options)
+        self.clients.append(client)
+        return client
+
+    def close(self) -> None:
+        for client in self.clients:
+            client.close()
+        self.listener.close()
+
+
+@pytest.fixture
+async def rig(nursery):
+    with short_directory() as folder:
+        rig = Rig(nursery, f"{folder}/nbd.sock")
+        yield rig
+        rig.close()
+
+
+@pytest.fixture
+def folder() -> Iterator[str]:
+    """A temporary directory with a short path."""
+    with short_directory() as path:
+        yield path
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Simsrd]:
+    """A daemon with one SR for all tests of a file; it has to end well."""
+    with short_directory() as folder:
+        simsrd = Simsrd(f"{folder}/r")
+        try:
+            simsrd.start().create_sr()
+            yield simsrd
+            simsrd.stop_cleanly()
+        finally:
+            simsrd.end()
+
+
+@pytest.fixture
+def make_vdi(shared: Simsrd) -> Iterator[Callable[..., dict]]:
+    """``make_vdi(size_bytes)``: a disk in the shared daemon, which goes with its snapshots when the test ends."""
+    made: list[str] = []
+
+    def make(size_bytes: int = 8 << 20, name: str = "", **more: object) -> dict:
+        vdi = shared.create_vdi(size_bytes, name, **more)
+        made.append(vdi["uuid"])
+        return vdi
+
+    yield make
+    for vdi in shared.get("/v1/vdis"):
+        if vdi["uuid"] in made or vdi["snapshot_of"] in made:
+            shared.delete(f"/v1/vdis/{vdi['uuid']}")

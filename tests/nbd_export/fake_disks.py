@@ -1,0 +1,272 @@
+"""Disks of memory for `NbdServer`, with levers; and a client under trio.
+
+A `FakeDisk` does what nbd_export.disk.Disk asks for, and checks what the server promises there: ranges inside the disk,
+nothing written to a disk that is read-only. Its levers: ranges that are cold until `open_gate`, flushes that wait,
+requests that fail.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable, Sequence
+
+import trio
+from nbd_wire import MODERN, Reply, ReplyReader, option, request, set_meta_context, go
+
+from nbd_export import constants as c
+from nbd_export.disk import Write
+from nbd_export.handshake import ExportInfo
+
+__all__ = ["FakeDisk", "FakeDisks", "Client", "pattern"]
+
+SIZE_BYTES = 48 << 20
+
+
+def pattern(offset: int, length: int) -> bytes:
+    """What a FakeDisk holds at the start: no two aligned 8-byte words are equal."""
+    first, last = offset // 8, (offset + length + 7) // 8
+    data = b"".join(number.to_bytes(8, "big") for number in range(first + 1, last + 1))
+    return data[offset - first * 8 : offset - first * 8 + length]
+
+
+_CONTENT = pattern(0, SIZE_BYTES)
+
+
+class FakeDisk:
+    """A disk of ``SIZE_BYTES`` bytes."""
+
+    def __init__(self, size_bytes: int = SIZE_BYTES, *, read_only: bool = False) -> None:
+        self.content = bytearray(_CONTENT[:size_bytes])
+        self.read_only = read_only
+        self.cold: list[range] = []
+        self.gate = trio.Event()  # cold reads and prefetches wait for it
+        self.gate.set()
+        self.write_gate = trio.Event()  # writes, if `write_limit` cuts a batch, wait for it
+        self.write_gate.set()
+        self.flush_gate = trio.Event()
+        self.flush_gate.set()
+        self.write_limit: int | None = None  # requests of a batch that `write` does before it needs to wait
+        self.failures: dict[int, Exception] = {}  # offset -> what any request that covers it raises
+        self.flush_failure: Exception | None = None
+        self.extents: list[tuple[int, bool]] | None = None  # what `allocation` answers with
+        self.allocation_failure: Exception | None = None
+        self.log: list[tuple] = []
+        self.durable = True
+        self.detached = self.attached = 0
+        self.flushes = 0
+        self.cold_now = self.cold_most = 0
+        self.cold_bytes_now = self.cold_bytes_most = 0
+
+    def _check(self, offset: int, length: int) -> None:
+        assert 0 <= offset and 0 <= length, (offset, length)
+        assert not length or offset + length <= len(self.content), f"{offset}+{length} is outside"
+        for place, failure in self.failures.items():
+            if offset <= place < offset + length:
+                raise failure
+
+    def _is_cold(self, offset: int, length: int) -> bool:
+        return any(part.start < offset + length and offset < part.stop for part in self.cold)
+
+    # nbd_export.disk.Disk.
+
+    def read(self, batch: Sequence[tuple[int, memoryview]]) -> list[int]:
+        self.log.append(("read", [(offset, len(view)) for offset, view in batch]))
+        cold = []
+        for index, (offset, view) in enumerate(batch):
+            self._check(offset, len(view))
+            if self._is_cold(offset, len(view)):
+                view[:] = b"\xee" * len(view)  # whoever sends this has not looked at the answer
+                cold.append(index)
+            else:
+                view[:] = self.content[offset : offset + len(view)]
+        return cold
+
+    async def read_cold(self, offset: int, view: memoryview) -> None:
+        self.log.append(("read_cold", offset, len(view)))
+        self.cold_now += 1
+        self.cold_bytes_now += len(view)
+        self.cold_most = max(self.cold_most, self.cold_now)
+        self.cold_bytes_most = max(self.cold_bytes_most, self.cold_bytes_now)
+        try:
+            await self.gate.wait()
+            self._check(offset, len(view))
+            view[:] = self.content[offset : offset + len(view)]
+        finally:
+            self.cold_now -= 1
+            self.cold_bytes_now -= len(view)
+
+    def write(self, batch: Sequence[Write]) -> int:
+        limit = len(batch) if self.write_limit is None else min(self.write_limit, len(batch))
+        for offset, length, view in batch[:limit]:
+            self._write_one(offset, length, view)
+        return limit
+
+    def _write_one(self, offset: int, length: int, view: memoryview | None) -> None:
+        assert not self.read_only, "a write reached a read-only disk"
+        assert view is None or len(view) == length
+        self.log.append(("zero" if view is None else "write", offset, length))
+        self._check(offset, length)
+        if length:
+            self.durable = False
+            self.content[offset : offset + length] = bytes(length) if view is None else view
+
+    async def write_rest(self, batch: Sequence[Write], start: int) -> None:
+        for offset, length, view in batch[start:]:
+            await self.write_gate.wait()
+            self._write_one(offset, length, view)
+
+    def is_durable(self) -> bool:
+        return self.durable
+
+    async def flush(self) -> None:
+        self.log.append(("flush",))
+        self.flushes += 1
+        await self.flush_gate.wait()
+        if self.flush_failure is not None:
+            raise self.flush_failure
+        self.durable = True
+        self.log.append(("flushed",))
+
+    async def prefetch(self, offset: int, length: int) -> None:
+        self.log.append(("prefetch", offset, length))
+        await self.gate.wait()
+        self._check(offset, length)
+
+    def allocation(self, offset: int, length: int, extents_max: int) -> list[tuple[int, bool]]:
+        self.log.append(("allocation", offset, length, extents_max))
+        if self.allocation_failure is not None:
+            raise self.allocation_failure
+        self._check(offset, length)
+        return self.extents[:extents_max] if self.extents is not None else [(length, True)]
+
+    def detach(self) -> None:
+        self.detached += 1
+
+
+class FakeDisks:
+    """Named disks."""
+
+    def __init__(self) -> None:
+        self.disks: dict[str, FakeDisk] = {}
+
+    def add(self, name: str, disk: FakeDisk) -> FakeDisk:
+        self.disks[name] = disk
+        return disk
+
+    def find(self, name: str) -> ExportInfo | None:
+        if name not in self.disks:
+            return None
+        disk = self.disks[name]
+        return ExportInfo(name, len(disk.content), disk.read_only)
+
+    def names(self) -> Iterable[str]:
+        return list(self.disks)
+
+    def attach(self, name: str, client: str) -> FakeDisk:
+        self.disks[name].attached += 1
+        return self.disks[name]
+
+
+class Client:
+    """An NBD client under trio. Sending waits when the server does not take more; use a task of its own then."""
+
+    def __init__(self, stream: trio.SocketStream, structured: bool) -> None:
+        self.stream = stream
+        self.reader = ReplyReader(structured)
+        self._cookie = 0
+
+    @classmethod
+    async def connect(cls, path: str, name: str, *, structured: bool = False, meta: tuple[str, ...] = (), tail: bytes = b"") -> Client:
+        """Connect and shake hands; ``tail`` is sent along with the last option."""
+        stream = trio.SocketStream(await _connected(path))
+        client = cls(stream, structured)
+        assert (await client.exactly(18))[:16] == b"NBDMAGICIHAVEOPT"
+        if structured:
+            await stream.send_all(MODERN + option(c.NBD_OPT_STRUCTURED_REPLY))
+            assert await client._acknowledged()
+            if meta:
+                await stream.send_all(set_meta_context(name, *meta))
+                assert await client._acknowledged()
+            await stream.send_all(go(name) + tail)
+        else:
+            await stream.send_all(MODERN + go(name) + tail)
+        assert await client._acknowledged(), f"{name} was refused"
+        return client
+
+    async def _acknowledged(self) -> bool:
+        while True:
+            header = await self.exactly(20)
+            kind, length = int.from_bytes(header[12:16], "big"), int.from_bytes(header[16:20], "big")
+            await self.exactly(length)
+            if kind == c.NBD_REP_ACK or kind & c.NBD_REP_FLAG_ERROR:
+                return kind == c.NBD_REP_ACK
+
+    async def exactly(self, count: int) -> bytes:
+        data = b""
+        while len(data) < count:
+            piece = await self.stream.receive_some(count - len(data))
+            assert piece, "the server closed the connection"
+            data += piece
+        return data
+
+    def expect(self, command: int, offset: int = 0, length: int = 0, payload: bytes = b"", flags: int = 0) -> tuple[int, bytes]:
+        """(cookie, bytes) of a request that the caller sends himself."""
+        self._cookie += 1
+        length = length or len(payload)
+        self.reader.expect(command, self._cookie, offset, length)
+        return self._cookie, request(command, self._cookie, offset, length, payload, flags)
+
+    async def send(self, *arguments: object, **options: object) -> int:
+        """Send one request; returns its cookie."""
+        cookie, data = self.expect(*arguments, **options)
+        await self.stream.send_all(data)
+        return cookie
+
+    async def send_batch(self, *requests: tuple) -> list[int]:
+        """Send (command, offset, length, payload, flags) tuples with one send."""
+        made = [self.expect(*one) for one in requests]
+        await self.stream.send_all(b"".join(data for _, data in made))
+        return [cookie for cookie, _ in made]
+
+    async def receive(self) -> None:
+        data = await self.stream.receive_some(1 << 20)
+        if not data:
+            raise EOFError("the server closed the connection")
+        self.reader.feed(data)
+
+    async def reply(self, cookie: int, timeout_s: float = 20) -> Reply:
+        with trio.fail_after(timeout_s):
+            while cookie not in self.reader.replies:
+                await self.receive()
+        return self.reader.replies.pop(cookie)
+
+    async def replies(self, cookies: Iterable[int]) -> list[Reply]:
+        return [await self.reply(cookie) for cookie in cookies]
+
+    async def call(self, *arguments: object, **options: object) -> Reply:
+        return await self.reply(await self.send(*arguments, **options))
+
+    async def silent(self, seconds: float = 0.05) -> bool:
+        """Whether nothing arrives for a moment."""
+        with trio.move_on_after(seconds):
+            await self.receive()
+            return False
+        return True
+
+    async def at_end(self, timeout_s: float = 20) -> bool:
+        """Take what still comes; True when the server has closed, cleanly or with a reset."""
+        with trio.fail_after(timeout_s):
+            try:
+                while True:
+                    await self.receive()
+            except (EOFError, trio.BrokenResourceError):
+                return True
+
+    def close(self) -> None:
+        self.stream.socket.close()
+
+
+async def _connected(path: str) -> trio.socket.SocketType:
+    sock = trio.socket.socket(socket.AF_UNIX)
+    await sock.connect(path)
+    return sock
