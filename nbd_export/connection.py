@@ -42,11 +42,10 @@ __all__ = ["Connection"]
 log = logging.getLogger("simsr.nbd")
 
 HANDSHAKE_TIMEOUT_S = 30
-PIECE_BYTES = 256 << 10
+PIECE_BYTES = 512 << 10
 """Structured replies are sent in pieces of this size, so that what was read is still in the CPU's cache when sent."""
 
-_SMALL_OUT_BYTES = PIECE_BYTES + 4096
-_WHOLE_OUT_BYTES = c.MAX_REQUEST_BYTES + 4096
+_OUT_BYTES = PIECE_BYTES + 4096
 _SLOW_MAX = 16  # requests of one connection that wait for a disk at one time
 _STATUS_EXTENTS_MAX = 1 << 15
 _SPIN_MAX_NS = 60_000
@@ -80,7 +79,7 @@ class Connection:
         self._server = server
         self.sock = sock
         self._client = client
-        self._out = lazy_buffer(_SMALL_OUT_BYTES)
+        self._out = lazy_buffer(_OUT_BYTES)
         self._send_lock = trio.Lock()
         self._slow = trio.Semaphore(_SLOW_MAX)
         self._spin_ns = _SPIN_MIN_NS
@@ -362,48 +361,59 @@ class Connection:
 
     async def _read(self, requests: list[Request]) -> None:
         """Answer reads, as many as fit into the buffer with each send."""
+        header_bytes = DATA_CHUNK.size if self._structured else SIMPLE_REPLY.size
         pieces: list[_Piece] = []
-        room = len(self._out)
-        structured = self._structured
-        header_bytes = DATA_CHUNK.size if structured else SIMPLE_REPLY.size
         used = 0
         given_away: set[int] = set()  # cookies of requests that a task of their own will finish
         for request in requests:
-            offset, left = request.offset, request.length
-            whole = not structured or request.flags & c.NBD_CMD_FLAG_DF
-            while left and request.cookie not in given_away:
-                length = left if whole or left <= PIECE_BYTES else PIECE_BYTES
-                if used + header_bytes + length > room:
-                    if pieces:
-                        await self._send_pieces(pieces, used, given_away)
-                    pieces, used = [], 0
-                    if request.cookie in given_away:
-                        break
-                    if header_bytes + length > room:
-                        self._out = lazy_buffer(_WHOLE_OUT_BYTES)
-                        room = len(self._out)
-                left -= length
-                pieces.append((request, offset, length, not left))
-                used += header_bytes + length
-                offset += length
-        if pieces:
-            await self._send_pieces(pieces, used, given_away)
+            length = request.length
+            if length > PIECE_BYTES:
+                await self._send_pieces(pieces, used, given_away)
+                pieces, used = [], 0
+                await self._read_large(request, header_bytes, given_away)
+                continue
+            if used + header_bytes + length > len(self._out):
+                await self._send_pieces(pieces, used, given_away)
+                pieces, used = [], 0
+            pieces.append((request, request.offset, length, True))
+            used += header_bytes + length
+        await self._send_pieces(pieces, used, given_away)
+
+    async def _read_large(self, request: Request, header_bytes: int, given_away: set[int]) -> None:
+        """Answer one read piece by piece; whole, in a larger buffer, where the client cannot take pieces."""
+        if not self._structured or request.flags & c.NBD_CMD_FLAG_DF:
+            small, self._out = self._out, lazy_buffer(header_bytes + request.length)
+            try:
+                piece = (request, request.offset, request.length, True)
+                await self._send_pieces([piece], header_bytes + request.length, given_away)
+            finally:
+                self._out = small
+            return
+        offset, left = request.offset, request.length
+        while left and request.cookie not in given_away:
+            length = min(left, PIECE_BYTES)
+            left -= length
+            await self._send_pieces([(request, offset, length, not left)], header_bytes + length, given_away)
+            offset += length
 
     async def _send_pieces(self, pieces: list[_Piece], used: int, given_away: set[int]) -> None:
-        out, structured = self._out, self._structured
-        header_bytes = DATA_CHUNK.size if structured else SIMPLE_REPLY.size
-        at, batch = 0, []
-        for request, offset, length, last in pieces:
-            if structured:
-                DATA_CHUNK.pack_into(
-                    out, at, c.NBD_STRUCTURED_REPLY_MAGIC, 1 if last else 0, c.NBD_REPLY_TYPE_OFFSET_DATA, request.cookie,
-                    8 + length, offset,
-                )  # fmt: skip
-            else:
+        if not pieces:
+            return
+        out, at, batch = self._out, 0, []
+        if self._structured:
+            header_bytes, pack_into, magic = DATA_CHUNK.size, DATA_CHUNK.pack_into, c.NBD_STRUCTURED_REPLY_MAGIC
+            for request, offset, length, last in pieces:
+                pack_into(out, at, magic, last, c.NBD_REPLY_TYPE_OFFSET_DATA, request.cookie, 8 + length, offset)
+                at += header_bytes
+                batch.append((offset, out[at : at + length]))
+                at += length
+        else:
+            header_bytes = SIMPLE_REPLY.size
+            for request, offset, length, _ in pieces:
                 SIMPLE_REPLY.pack_into(out, at, c.NBD_SIMPLE_REPLY_MAGIC, 0, request.cookie)
-            at += header_bytes
-            batch.append((offset, out[at : at + length]))
-            at += length
+                at += header_bytes
+                batch.append((offset, out[at : at + length]))
+                at += length
         try:
             cold = self._disk.read(batch)
         except Exception as error:

@@ -93,7 +93,7 @@ class Demo:
     def fill(self) -> str:
         self.uri = self._attach(self.disk)
         output_of("nbdcopy", "--flush", self.image, self.uri)
-        return self.uri
+        return f"to {self.uri}"
 
     def snapshot(self) -> str:
         begun = time.monotonic()
@@ -242,8 +242,8 @@ def main() -> int:
         steps.sum_up()
         if held:
             steps.console.print(
-                f"\nReverting {format_size(DISK_BYTES)} took {demo.plug_in_revert_ms:.0f} ms as xapi sees it "
-                f"(a plug-in process) and {demo.api_revert_ms:.1f} ms in the daemon's API. Everything held."
+                f"\nReverting {format_size(DISK_BYTES)} took {demo.plug_in_revert_ms:.0f} ms as a call of the plug-in, "
+                f"{demo.api_revert_ms:.1f} ms as one of the API. Everything held."
             )
         return 0 if held else 1
     except KeyboardInterrupt:

@@ -17,13 +17,15 @@ from xml.sax.saxutils import escape
 import nbd
 from rich.console import Console
 from rich.markup import escape as plain
-from rich.table import Table
+
+from simsr.errors import SimsrError
 
 __all__ = ["Failed", "Steps", "PlugIn", "WriteLoad", "demand", "output_of"]
 
 PLUG_IN = Path(__file__).parents[1] / "simsr" / "smapi" / "SimSR"
 
 BLOCK_BYTES = 4096
+PATIENCE_S = 60.0
 
 
 class Failed(Exception):
@@ -39,7 +41,17 @@ def demand(holds: object, otherwise: str) -> None:
 def output_of(*command: object, accept: tuple[int, ...] = (0,)) -> tuple[int, str]:
     """Run a program; return its exit status and output, or stop the demo if the status is none of ``accept``."""
     words = [str(word) for word in command]
-    done = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    try:
+        done = subprocess.run(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=PATIENCE_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise Failed(f"{words[0]} was not done after {PATIENCE_S:.0f} s") from None
     text = done.stdout.decode(errors="replace")
     demand(done.returncode in accept, f"{words[0]} ended with status {done.returncode}: {text.strip()[-400:]}")
     return done.returncode, text
@@ -48,9 +60,10 @@ def output_of(*command: object, accept: tuple[int, ...] = (0,)) -> tuple[int, st
 class Steps:
     """Runs the steps of the demo one after the other, shows each with its time, and sums up in a table."""
 
+    COLOURS = {"ok": "green", "FAILED": "bold red", "not reached": "dim"}
+
     def __init__(self) -> None:
-        terminal = Console(highlight=False)
-        self.console = terminal if terminal.is_terminal else Console(highlight=False, width=110)
+        self.console = Console(highlight=False, soft_wrap=True)
         self.results: list[tuple[str, float | None, str]] = []
 
     def run(self, steps: list[tuple[str, Callable[[], str]]]) -> bool:
@@ -60,7 +73,7 @@ class Steps:
             try:
                 with self.console.status(f"{title} ..."):
                     detail = step()
-            except (Failed, OSError, nbd.Error, xmlrpc.client.Fault) as error:
+            except (Failed, OSError, SimsrError, nbd.Error, xmlrpc.client.Fault) as error:
                 self._record(title, time.monotonic() - begun, "FAILED", str(error))
                 self.results += [(later, None, "not reached") for later, _ in steps[number + 1 :]]
                 return False
@@ -69,20 +82,17 @@ class Steps:
 
     def sum_up(self) -> None:
         """Print the table of all steps."""
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-        table.add_column("What was done")
-        table.add_column("Time", justify="right")
-        table.add_column("Result")
+        width = max(len(title) for title, _, _ in self.results)
+        self.console.print(f"\n[bold]{'What was done':<{width}}  {'Time':>7}  Result[/]")
         for title, seconds, result in self.results:
-            colour = {"ok": "green", "FAILED": "bold red"}.get(result, "dim")
-            table.add_row(plain(title), "" if seconds is None else f"{seconds:.2f} s", f"[{colour}]{result}[/]")
-        self.console.print()
-        self.console.print(table)
+            took = "" if seconds is None else f"{seconds:.2f} s"
+            self.console.print(f"{plain(title):<{width}}  {took:>7}  [{self.COLOURS[result]}]{result}[/]")
 
     def _record(self, title: str, seconds: float, result: str, detail: str) -> None:
         self.results.append((title, seconds, result))
-        mark = "[green]✓[/]" if result == "ok" else "[bold red]✗[/]"
-        self.console.print(f"{mark} {plain(title)}  [dim]{seconds:.2f} s[/]")
+        tick, cross = ("✓", "✗") if self.console.encoding.startswith("utf") else ("+", "!")
+        mark = tick if result == "ok" else cross
+        self.console.print(f"[{self.COLOURS[result]}]{mark}[/] {plain(title)}  [dim]{seconds:.2f} s[/]")
         for line in detail.splitlines():
             self.console.print(f"    {plain(line)}", style="dim" if result == "ok" else "red")
 

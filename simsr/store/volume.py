@@ -209,9 +209,12 @@ class Volume:
         """Group map entries into runs that one read can fetch."""
         if not len(entries):
             return []
-        physical = entries & PHYSICAL_MASK
-        breaks = physical[1:] != physical[:-1] + (physical[:-1] != 0)
-        starts = [0, *(np.flatnonzero(breaks) + 1).tolist(), len(entries)]
+        physical = entries.view(np.uint32)[::2].astype(np.int64)
+        steps = np.diff(physical)
+        breaks = np.flatnonzero(steps != 1)
+        if len(breaks):  # within a hole all entries are 0, so the step is 0 there
+            breaks = breaks[(steps[breaks] != 0) | (physical[breaks] != 0)]
+        starts = [0, *(breaks + 1).tolist(), len(entries)]
         firsts = physical[starts[:-1]].tolist()
         by_slot, shift, mask = self._pool.by_slot, self._shift, self._block_mask
         runs: list[_Run] = []
