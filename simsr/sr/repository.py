@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from simsr.errors import BadRequest, BadSize, NotASnapshot, NotFound, ShrinkRefused, SnapshotOfOther
 from simsr.errors import SrInUse, SrNotEmpty, VdiExists, VdiInUse, VdiReadOnly
 from simsr.sr.vdi import VDI_TYPES, Attachment, Vdi
+from simsr.store.layout import BLOCK
 from simsr.store.store import Create, Delete, Reset, Resize, SetMeta, Store
 
 __all__ = ["Repository", "Reverted", "check_uuid", "check_text", "check_sm_config", "SIZE_MAX_BYTES", "SECTOR_BYTES"]
@@ -279,7 +280,10 @@ class Repository:
         """Everything there is to tell, as JSON has it."""
         statistics = self.store.statistics()
         snapshots = sum(vdi.is_a_snapshot for vdi in self.vdis.values())
-        used = statistics["live_bytes"] + statistics["map_bytes"]
+        # A block counts once for each map leaf that names it, so a segment can seem to hold more than fits into it.
+        pool = self.store.pool
+        live_blocks = sum(min(live, pool.data_blocks) for live in self.store.usage.live)
+        used = live_blocks * BLOCK + statistics["map_bytes"]
         in_files = statistics["segments"] * statistics["segment_bytes"] + statistics["map_bytes"]
         return {
             "uuid": self.uuid,

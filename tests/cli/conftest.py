@@ -8,36 +8,22 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from fake_daemon import FakeDaemon
+from cli_fake_daemon import FakeDaemon
+from cli_kit import Outcome, wait_until
 
 from simsr.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 
 
-@dataclass
-class Outcome:
-    """What a run of ``simsr`` left behind."""
-
-    status: int
-    out: str
-    err: str
-
-    @property
-    def lines(self) -> list[str]:
-        return self.out.splitlines()
-
-
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Children find this tree's simsr, installed or not, and no variable of the caller changes what is printed."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
     for name in ("SIMSR_SOCKET", "NO_COLOR", "LC_ALL"):
         monkeypatch.delenv(name, raising=False)
 
@@ -95,14 +81,6 @@ def serve_disks(daemon: FakeDaemon) -> Iterator[Callable[..., None]]:
     for server in servers:
         server.terminate()
         server.wait(10)
-
-
-def wait_until(true: Callable[[], object], timeout_s: float = 10.0) -> None:
-    """Return when ``true()`` is so, fail the test if that takes too long."""
-    give_up = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < give_up, "waited in vain"
-        time.sleep(0.01)
 
 
 @pytest.fixture

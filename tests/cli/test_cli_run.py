@@ -15,7 +15,7 @@ import termios
 from pathlib import Path
 
 import pytest
-from conftest import wait_until
+from cli_kit import wait_until
 
 from simsr.cli import child_daemon
 

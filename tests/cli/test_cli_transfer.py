@@ -12,7 +12,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import wait_until
+from cli_kit import wait_until
 
 from simsr.errors import VdiInUse
 

@@ -17,9 +17,10 @@ from nbd_export import constants as c
 from nbd_export.disk import Write
 from nbd_export.handshake import ExportInfo
 
-__all__ = ["FakeDisk", "FakeDisks", "Client", "pattern"]
+__all__ = ["FakeDisk", "FakeDisks", "Client", "pattern", "SIZE_BYTES", "LARGE_BYTES"]
 
-SIZE_BYTES = 48 << 20
+SIZE_BYTES = 4 << 20
+LARGE_BYTES = 48 << 20
 
 
 def pattern(offset: int, length: int) -> bytes:
@@ -29,14 +30,14 @@ def pattern(offset: int, length: int) -> bytes:
     return data[offset - first * 8 : offset - first * 8 + length]
 
 
-_CONTENT = pattern(0, SIZE_BYTES)
+_CONTENT = pattern(0, LARGE_BYTES)
 
 
 class FakeDisk:
     """A disk of ``SIZE_BYTES`` bytes."""
 
     def __init__(self, size_bytes: int = SIZE_BYTES, *, read_only: bool = False) -> None:
-        self.content = bytearray(_CONTENT[:size_bytes])
+        self.content = bytearray(memoryview(_CONTENT)[:size_bytes])
         self.read_only = read_only
         self.cold: list[range] = []
         self.gate = trio.Event()  # cold reads and prefetches wait for it
@@ -144,7 +145,7 @@ class FakeDisk:
 
 
 class FakeDisks:
-    """Named disks."""
+    """Named disks, and one called "large" for those who ask for it."""
 
     def __init__(self) -> None:
         self.disks: dict[str, FakeDisk] = {}
@@ -154,6 +155,8 @@ class FakeDisks:
         return disk
 
     def find(self, name: str) -> ExportInfo | None:
+        if name == "large" and name not in self.disks:
+            self.add(name, FakeDisk(LARGE_BYTES))
         if name not in self.disks:
             return None
         disk = self.disks[name]

@@ -72,8 +72,9 @@ def test_requests_to_xapi_run_under_the_task(pool, xapi):
         assert headers["Subtask-of"] == TASK_REF and headers["originator"] == "SM"
 
 
-def test_odd_task_is_not_sent(pool, xapi):
-    pool.call("sr_update", subtask_of="x\r\nInjected: yes")
+@pytest.mark.parametrize("task", ["x\r\nInjected: yes", "ü世", ""])
+def test_odd_task_is_not_sent(pool, xapi, task):
+    pool.call("sr_update", subtask_of=task)
     assert not any("Subtask-of" in headers or "Injected" in headers for headers in xapi.headers)
 
 

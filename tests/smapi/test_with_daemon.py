@@ -177,8 +177,8 @@ def test_sr_that_cannot_be_opened(real, simsrd):
     disk = create(real)
     simsrd.stop()
     for path in (simsrd.root / "sr" / SR_UUID).iterdir():
-        if path.is_file():
-            path.write_bytes(b"\xee" * path.stat().st_size)
+        with path.open("r+b") as file:
+            file.write(b"\xee" * 4096)
     simsrd.start()
     for command, args, vdi in [("sr_attach", [], None), ("sr_delete", [], None), ("vdi_attach", ["true"], disk)]:
         assert real.fault(command, args, vdi=vdi).number == 47, command

@@ -539,6 +539,15 @@ def test_describe_counts(sr, disk):
     assert described["path"] == "memory" and described["uuid"] == SR_UUID
 
 
+def test_utilisation_counts_what_snapshots_share_no_more_than_it_takes(sr, disk):
+    for tag in range(100):
+        sr.snapshot(disk)
+        put(disk, 0, tag.to_bytes(2, "big") * 2048)
+    described = sr.describe()
+    segments = described["statistics"]["segments"] * described["statistics"]["segment_bytes"]
+    assert 106 * BLOCK <= described["physical_utilisation_bytes"] <= segments + described["statistics"]["map_bytes"]
+
+
 # What becomes of it.
 
 

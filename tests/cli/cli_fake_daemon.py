@@ -102,7 +102,7 @@ class FakeDaemon:
         return {
             **found,
             "virtual_allocation_bytes": sum(vdi["size_bytes"] for vdi in own),
-            "vdi_count": sum(not vdi["is_a_snapshot"] for vdi in own),
+            "vdi_count": len(own),
             "snapshot_count": sum(vdi["is_a_snapshot"] for vdi in own),
         }
 
@@ -129,8 +129,8 @@ class FakeDaemon:
 
     def do_DELETE_srs_one(self, name: str, **_: Any) -> tuple[int, Any]:
         found = self.sr(name)
-        if count := found["vdi_count"] + found["snapshot_count"]:
-            raise SrNotEmpty(name=found["name"], count=count)
+        if found["vdi_count"]:
+            raise SrNotEmpty(name=found["name"], count=found["vdi_count"])
         del self.srs[found["uuid"]]
         return 204, None
 

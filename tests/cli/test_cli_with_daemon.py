@@ -1,0 +1,175 @@
+"""The whole command line against the real daemon, with real images and real NBD clients."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from cli_kit import wait_until
+
+from simsr.cli.child_daemon import ChildDaemon
+
+MIB = 2**20
+
+
+@pytest.fixture
+def root(short_directory, monkeypatch) -> Path:
+    """The root of the daemon; SIMSR_SOCKET names its control socket."""
+    monkeypatch.setenv("SIMSR_SOCKET", str(short_directory / "root" / "control.sock"))
+    return short_directory / "root"
+
+
+@pytest.fixture
+def real(root):
+    """A running daemon with one SR."""
+    with ChildDaemon(str(root)) as daemon:
+        yield daemon
+        assert daemon.stop() == 0
+
+
+@pytest.fixture
+def sr(simsr, real) -> str:
+    [uuid] = simsr("sr", "create", "main").lines
+    return uuid
+
+
+@pytest.fixture
+def image(tmp_path) -> Path:
+    """A qcow2 image of 64 MiB with 5 MiB of data in two places."""
+    raw, path = tmp_path / "image.raw", tmp_path / "image.qcow2"
+    data = random.Random(2).randbytes(5 * MIB)
+    with open(raw, "wb") as file:
+        file.truncate(64 * MIB)
+        file.write(data[: 2 * MIB])
+        file.seek(50 * MIB)
+        file.write(data[2 * MIB :])
+    subprocess.run(["qemu-img", "convert", "-O", "qcow2", raw, path], check=True)
+    return path
+
+
+def same(first: object, second: object) -> bool:
+    return subprocess.run(["qemu-img", "compare", "-q", str(first), str(second)], check=False).returncode == 0
+
+
+def qemu_io(uri: str, *commands: str) -> None:
+    options = [word for command in commands for word in ("-c", command)]
+    subprocess.run(["qemu-io", "-f", "raw", *options, uri], check=True, capture_output=True)
+
+
+def test_a_disk_from_import_to_export(simsr, sr, image, tmp_path):
+    [disk] = simsr("import", str(image), "--name", "root").lines
+    [uri] = simsr("vdi", "uri", "root").lines
+    assert same(uri, image)
+    [snapshot] = simsr("snapshot", "root", "--name", "clean").lines
+    qemu_io(uri, "write -P 7 0 8M", "discard 50M 4M", "flush")
+    assert not same(uri, image)
+    done = simsr("revert", "clean")
+    assert (done.status, done.lines) == (0, [f"VDI {disk} (root) is reverted to clean."])
+    assert same(uri, image)
+    assert simsr("vdi", "uri", "root").lines == [uri]
+    assert "nothing to revert" in simsr("revert", snapshot).out
+    for ending in ("raw", "qcow2", "vhd", "vmdk", "vhdx"):
+        assert simsr("export", "clean", str(tmp_path / f"out.{ending}")).status == 0
+        assert same(tmp_path / f"out.{ending}", image)
+
+
+def test_import_stores_only_data(simsr, sr, image):
+    simsr("import", str(image), "--name", "root")
+    [vdi] = json.loads(simsr("vdi", "list", "--json").out)
+    assert (vdi["size_bytes"], vdi["physical_utilisation_bytes"]) == (64 * MIB, 5 * MIB)
+
+
+def test_what_the_listings_say(simsr, sr):
+    [disk] = simsr("vdi", "create", "--size", "1GiB", "--name", "d").lines
+    [snapshot] = simsr("snapshot", "d", "--name", "s").lines
+    [clone] = simsr("clone", "s", "--name", "c").lines
+    listed = {vdi["uuid"]: vdi for vdi in json.loads(simsr("vdi", "list", "--sr", "main", "--json").out)}
+    assert set(listed) == {disk, snapshot, clone}
+    assert listed[snapshot] == json.loads(simsr("vdi", "show", "s", "--json").out)
+    assert (listed[snapshot]["snapshot_of"], listed[snapshot]["is_a_snapshot"]) == (disk, True)
+    assert (listed[clone]["snapshot_of"], listed[clone]["read_only"]) == (None, False)
+    [status] = json.loads(simsr("sr", "list", "--json").out)
+    assert (status["vdi_count"], status["snapshot_count"], status["uuid"]) == (3, 1, sr)
+    assert json.loads(simsr("sr", "status", "--json").out)["uuid"] == sr
+    assert [line.split()[0] for line in simsr("vdi", "list").lines] == ["UUID", disk, snapshot, clone]
+
+
+def test_nbd_tools_take_the_uri(simsr, sr, tmp_path):
+    simsr("vdi", "create", "--size", "8MiB", "--name", "d")
+    [uri] = simsr("vdi", "uri", "d").lines
+    nbdinfo = subprocess.run(["nbdinfo", "--json", uri], capture_output=True, check=True)
+    assert json.loads(nbdinfo.stdout)["exports"][0]["export-size"] == 8 * MIB
+    (tmp_path / "in").write_bytes(random.Random(3).randbytes(8 * MIB))
+    subprocess.run(["nbdcopy", "--flush", tmp_path / "in", uri], check=True)
+    subprocess.run(["nbdcopy", uri, tmp_path / "out"], check=True)
+    assert (tmp_path / "in").read_bytes() == (tmp_path / "out").read_bytes()
+    if shutil.which("fio"):
+        job = ["--name=j", "--ioengine=nbd", f"--uri={uri}", "--rw=randwrite", "--bs=4k", "--size=4M", "--verify=crc32c"]
+        subprocess.run(["fio", "--output-format=terse", *job], check=True, capture_output=True, cwd=tmp_path)
+
+
+def test_a_disk_in_use_is_neither_reverted_nor_deleted(simsr, sr):
+    simsr("vdi", "create", "--size", "8MiB", "--name", "d")
+    simsr("snapshot", "d", "--name", "s")
+    [uri] = simsr("vdi", "uri", "d").lines
+    with subprocess.Popen(["qemu-io", "-f", "raw", uri], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
+        wait_until(lambda: json.loads(simsr("vdi", "show", "d", "--json").out)["attached"])
+        assert " rw" in simsr("vdi", "list").lines[1]
+        for words in (["revert", "s"], ["vdi", "delete", "d"]):
+            done = simsr(*words)
+            assert (done.status, done.out) == (16, "")
+            assert "attached by" in done.err
+        writer.stdin.close()
+    wait_until(lambda: not json.loads(simsr("vdi", "show", "d", "--json").out)["attached"])
+    assert simsr("revert", "s").status == 0
+    assert simsr("vdi", "delete", "d").status == 0
+
+
+def test_errors_of_the_daemon_have_their_own_status(simsr, sr):
+    simsr("vdi", "create", "--size", "8MiB", "--name", "d")
+    assert simsr("vdi", "resize", "d", "1MiB").status == 20
+    assert simsr("vdi", "resize", "d", "9MiB").status == 0
+    assert simsr("revert", "d").status == 18
+    assert simsr("sr", "delete", "main").status == 13
+    assert simsr("vdi", "show", "e").status == 10
+    assert simsr("vdi", "create", "--size", "1M", "--sr", "other").status == 10
+    simsr("vdi", "create", "--size", "8MiB", "--name", "d")
+    assert simsr("vdi", "show", "d").status == 11
+
+
+@pytest.mark.parametrize("name", ["50% ü?#&", "..", "--x", "a/b"])
+def test_strange_names(simsr, sr, name):
+    [uuid] = simsr("vdi", "create", "--size", "1M", f"--name={name}").lines
+    assert json.loads(simsr("vdi", "show", "--json", "--", name).out)["uuid"] == uuid
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_import_leaves_nothing(simsr, start_simsr, sr, tmp_path, number):
+    big = tmp_path / "big.raw"
+    with open(big, "wb") as file:
+        for _ in range(512):
+            file.write(random.Random(4).randbytes(MIB))
+    child = start_simsr("import", str(big), "--name", "big")
+    wait_until(lambda: any(vdi["attached"] for vdi in json.loads(simsr("vdi", "list", "--json").out)))
+    child.send_signal(number)
+    out, err = child.communicate(timeout=20)
+    assert (child.returncode, out, err) == (128 + number, "", "")
+    assert json.loads(simsr("vdi", "list", "--json").out) == []
+
+
+def test_everything_is_there_after_a_restart(simsr, root, image):
+    with ChildDaemon(str(root)):
+        simsr("sr", "create", "main")
+        simsr("import", str(image), "--name", "root")
+        simsr("snapshot", "root", "--name", "clean")
+        before = json.loads(simsr("vdi", "list", "--json").out)
+    assert simsr("vdi", "list").status == 4
+    with ChildDaemon(str(root)):
+        assert json.loads(simsr("vdi", "list", "--json").out) == before
+        [uri] = simsr("vdi", "uri", "root").lines
+        assert same(uri, image)

@@ -1,0 +1,337 @@
+"""The model against plain dicts: hypothesis invents histories, every state and every survivor of a crash is compared.
+
+The oracle (`Oracle`) keeps, for each record of the log, what the SR must show if the log ends there. After the death of
+the process all that was done must be there; after a power cut some prefix of the log that is not shorter than what was
+flushed (docs/durability.md). A write that took several records may have survived in part, block by block.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+
+import pytest
+from hypothesis import HealthCheck, note, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from sr_kit import BLOCK, STYLES, World, check, content
+
+from simsr.errors import NotASnapshot, NotFound, ShrinkRefused, SnapshotOfOther, VdiInUse, VdiReadOnly
+
+SIZES = st.integers(1, 12 * 8).map(lambda sectors: sectors * 512)
+VDIS_MAX = 12
+
+
+@dataclass(frozen=True)
+class Held:
+    """One VDI as it must be."""
+
+    content: bytes
+    meta: tuple  # sorted items of what `Vdi.describe` says, without what follows from the content and from attachments
+    family: str
+
+    def get(self, field: str):
+        return dict(self.meta)[field]
+
+    @property
+    def writable(self) -> bool:
+        return not (self.get("is_a_snapshot") or self.get("read_only"))
+
+    def with_meta(self, **changes) -> Held:
+        return replace(self, meta=freeze(dict(self.meta) | changes))
+
+    def described(self) -> dict:
+        blocks = range(0, len(self.content), BLOCK)
+        mapped = sum(any(self.content[at : at + BLOCK]) for at in blocks) * BLOCK
+        meta = dict(self.meta)
+        read_only = meta["read_only"] or meta["is_a_snapshot"]
+        return {**meta, "sm_config": dict(meta["sm_config"]), "read_only": read_only, "size_bytes": len(self.content),
+                "physical_utilisation_bytes": mapped}  # fmt: skip
+
+
+def freeze(meta: dict) -> tuple:
+    return tuple(sorted({**meta, "sm_config": tuple(sorted(dict(meta["sm_config"]).items()))}.items()))
+
+
+State = dict[str, Held]
+
+
+class ModelMachine(RuleBasedStateMachine):
+    """Rules are the operations; each brings the oracle up to date and remembers the state at the end of the log."""
+
+    @initialize()
+    def begin(self):
+        self.world = World()
+        self.state: State = {}
+        self.attached: dict[str, dict[str, bool]] = {}
+        self.history: list[tuple[int, State]] = [(self.log.seq, {})]
+
+    @property
+    def sr(self):
+        return self.world.repository
+
+    @property
+    def log(self):
+        return self.world.log
+
+    def remember(self):
+        self.history.append((self.log.seq, dict(self.state)))
+
+    def pick(self, data, uuids, label):
+        """One of ``uuids``, in an order that does not depend on their digits."""
+        return data.draw(st.sampled_from([uuid for uuid in self.state if uuid in set(uuids)]), label=label)
+
+    def any_vdi(self, data):
+        return self.pick(data, self.state, "VDI")
+
+    def refused(self, error, act):
+        seq = self.log.seq
+        with pytest.raises(error):
+            act()
+        assert self.log.seq == seq
+
+    # VDIs.
+
+    def added(self, vdi, held_content, family, **meta):
+        described = vdi.describe()
+        fixed = {key: described[key] for key in ("uuid", "location", "sr", "created_time", "snapshot_time")}
+        defaults = {"managed": True, "sharable": False, "read_only": False, "is_a_snapshot": False, "snapshot_of": None}
+        assert fixed["uuid"] == fixed["location"] == vdi.uuid not in self.state
+        self.state[vdi.uuid] = Held(held_content, freeze({**defaults, **fixed, **meta}), family or vdi.uuid)
+        self.remember()
+
+    @precondition(lambda self: len(self.state) < VDIS_MAX)
+    @rule(size_bytes=SIZES, name=st.text(max_size=5).filter(lambda text: "\0" not in text), flags=st.booleans())
+    def create(self, size_bytes, name, flags):
+        vdi = self.sr.create(size_bytes - 7, name=name, description=name[::-1], type="system", sharable=flags, sm_config={"n": name})
+        self.added(vdi, bytes(size_bytes), None, name=name, description=name[::-1], type="system", sharable=flags, sm_config={"n": name})
+
+    @precondition(lambda self: self.state and len(self.state) < VDIS_MAX)
+    @rule(data=st.data(), is_snapshot=st.booleans())
+    def descend(self, data, is_snapshot):
+        source = self.any_vdi(data)
+        held = self.state[source]
+        vdi = (self.sr.snapshot if is_snapshot else self.sr.clone)(self.sr.get(source))
+        kept = {key: held.get(key) for key in ("name", "description", "type", "sm_config")}
+        self.added(vdi, held.content, held.family, **kept, is_a_snapshot=is_snapshot, snapshot_of=source if is_snapshot else None)
+
+    @precondition(lambda self: self.state)
+    @rule(data=st.data())
+    def delete(self, data):
+        uuid = self.any_vdi(data)
+        if self.attached.get(uuid):
+            return self.refused(VdiInUse, lambda: self.sr.delete(self.sr.get(uuid)))
+        self.sr.delete(self.sr.get(uuid))
+        del self.state[uuid]
+        self.remember()
+
+    @precondition(lambda self: self.state)
+    @rule(data=st.data(), size_bytes=SIZES)
+    def resize(self, data, size_bytes):
+        uuid = self.any_vdi(data)
+        held = self.state[uuid]
+        act = lambda: self.sr.resize(self.sr.get(uuid), size_bytes)
+        if not held.writable:
+            self.refused(VdiReadOnly, act)
+        elif size_bytes < len(held.content):
+            self.refused(ShrinkRefused, act)
+        else:
+            act()
+            self.state[uuid] = replace(held, content=held.content.ljust(size_bytes, b"\0"))
+            self.remember()
+
+    @precondition(lambda self: self.state)
+    @rule(data=st.data(), text=st.text("abc/ä", max_size=3), flag=st.booleans(),
+          field=st.sampled_from(["name", "description", "sm_config", "managed", "read_only", "sharable"]))  # fmt: skip
+    def update(self, data, field, text, flag):
+        uuid = self.any_vdi(data)
+        held = self.state[uuid]
+        value = text if field in ("name", "description") else {"k": text} if field == "sm_config" else flag
+        act = lambda: self.sr.update(self.sr.get(uuid), **{field: value})
+        users = self.attached.get(uuid, {})
+        if field == "read_only" and flag and held.writable and users:
+            return self.refused(VdiInUse, act)
+        if field == "sharable" and not flag and len(users) > 1 and any(users.values()):
+            return self.refused(VdiInUse, act)
+        act()
+        self.state[uuid] = held.with_meta(**{field: value})
+        self.remember()
+
+    # Content.
+
+    def writable(self):
+        return [uuid for uuid, held in self.state.items() if held.writable]
+
+    def changed(self, uuid, offset, piece):
+        held = self.state[uuid]
+        self.state[uuid] = replace(held, content=held.content[:offset] + piece + held.content[offset + len(piece) :])
+
+    @precondition(lambda self: self.writable())
+    @rule(data=st.data(), tag=st.integers(0, 1 << 16), count=st.integers(1, 4))
+    def write(self, data, tag, count):
+        uuid = self.pick(data, self.writable(), "disk")
+        size_bytes = len(self.state[uuid].content)
+        rng = random.Random(tag)
+        batch = []
+        for _ in range(count):
+            offset = rng.randrange(size_bytes)
+            length = min(size_bytes - offset, rng.choice((1, 512, BLOCK, 2 * BLOCK, 11 * BLOCK)))
+            if rng.random() < 0.7:
+                offset &= -BLOCK
+                length = min(size_bytes - offset, max(BLOCK, length & -BLOCK))
+            piece = rng.randbytes(length) if rng.random() < 0.8 else bytes(length)
+            batch.append((offset, length, memoryview(piece)))
+            self.changed(uuid, offset, piece)
+        assert self.sr.get(uuid).volume.write(batch) == count
+        self.remember()
+
+    @precondition(lambda self: self.writable())
+    @rule(data=st.data(), aligned=st.booleans())
+    def zero_or_discard(self, data, aligned):
+        uuid = self.pick(data, self.writable(), "disk")
+        size_bytes = len(self.state[uuid].content)
+        offset = data.draw(st.integers(0, size_bytes - 1), label="offset") & (-BLOCK if aligned else -1)
+        length = data.draw(st.integers(0, size_bytes - offset), label="length") & (-BLOCK if aligned else -1)
+        assert self.sr.get(uuid).volume.write([(offset, length, None)]) == 1
+        self.changed(uuid, offset, bytes(length))
+        self.remember()
+
+    # Revert.
+
+    @precondition(lambda self: any(held.get("is_a_snapshot") for held in self.state.values()))
+    @rule(data=st.data(), explicit=st.integers(0, 3))
+    def revert(self, data, explicit):
+        snapshot = self.pick(data, [uuid for uuid, held in self.state.items() if held.get("is_a_snapshot")], "snapshot")
+        source = self.state[snapshot]
+        target = self.any_vdi(data) if not explicit else source.get("snapshot_of")
+        act = lambda: self.sr.revert(self.sr.get(snapshot), target if not explicit else None)
+        if target not in self.state:
+            return self.refused(NotFound, act)
+        held = self.state[target]
+        if target != source.get("snapshot_of") and (held.family != source.family or held.get("is_a_snapshot")):
+            return self.refused(SnapshotOfOther, act)
+        if self.attached.get(target):
+            return self.refused(VdiInUse, act)
+        seq = self.log.seq
+        done = act()
+        assert done.vdi.uuid == target
+        assert done.size_changed == (len(held.content) != len(source.content))
+        assert done.changed or held.content == source.content
+        assert self.log.seq - seq == done.changed
+        self.state[target] = replace(held, content=source.content)
+        self.remember()
+        again = self.log.seq
+        assert not act().changed and self.log.seq == again
+
+    @precondition(lambda self: self.writable())
+    @rule(data=st.data())
+    def revert_to_a_leaf(self, data):
+        leaf = self.sr.get(self.pick(data, self.writable(), "disk"))
+        self.refused(NotASnapshot, lambda: self.sr.revert(leaf))
+
+    # Use.
+
+    @precondition(lambda self: self.state)
+    @rule(data=st.data(), client=st.sampled_from("xy"), writable=st.booleans())
+    def attach(self, data, client, writable):
+        uuid = self.any_vdi(data)
+        held, users = self.state[uuid], self.attached.setdefault(uuid, {})
+        act = lambda: self.sr.attach(self.sr.get(uuid), client, client, writable, "attach")
+        others = [mode for other, mode in users.items() if other != client]
+        if writable and not held.writable:
+            self.refused(VdiReadOnly, act)
+        elif not held.get("sharable") and others and (writable or any(others)):
+            self.refused(VdiInUse, act)
+        else:
+            act()
+            users[client] = writable
+
+    @precondition(lambda self: any(self.attached.values()))
+    @rule(data=st.data())
+    def detach(self, data):
+        uuid = self.pick(data, [uuid for uuid, users in self.attached.items() if users], "VDI")
+        client = data.draw(st.sampled_from(sorted(self.attached[uuid])), label="client")
+        self.sr.detach(self.sr.get(uuid), client)
+        del self.attached[uuid][client]
+
+    # The store below.
+
+    @rule()
+    def flush(self):
+        self.sr.store.flush()
+        self.remember()
+
+    @rule()
+    def checkpoint(self):
+        self.sr.store.checkpoint()
+        self.remember()
+
+    @rule(count=st.sampled_from([1, 3, None]))
+    def reap(self, count):
+        self.sr.store.reap(count)
+
+    @rule()
+    def reopen(self):
+        self.world.reopen()
+        self.opened()
+
+    @rule()
+    def kill(self):
+        seq = self.log.seq
+        self.world.kill()
+        assert self.log.seq == seq
+        self.opened()
+
+    @rule(seed=st.integers(0, 1 << 16), style=st.sampled_from(STYLES))
+    def cut(self, seed, style):
+        durable, last = self.log.durable_seq, self.log.seq
+        self.world.cut(random.Random(seed), style)
+        seq = self.log.seq
+        assert durable <= seq <= last
+        note(f"records up to {seq} of {last} survived, {durable} were durable")
+        index = max(index for index, (end, _) in enumerate(self.history) if end <= seq)
+        end, self.state = self.history[index]
+        self.state = dict(self.state)
+        if end < seq:
+            self.part_of_a_write(self.history[index + 1][1])
+        self.opened()
+
+    def part_of_a_write(self, after: State):
+        """The log ends within a write: each of its blocks may be there or not."""
+        for uuid, held in self.state.items():
+            now, old, new = content(self.sr.get(uuid)), held.content, after[uuid].content
+            assert len(now) == len(old)
+            for at in range(0, len(now), BLOCK):
+                assert now[at : at + BLOCK] in (old[at : at + BLOCK], new[at : at + BLOCK])
+            self.state[uuid] = replace(held, content=now)
+
+    def opened(self):
+        self.attached = {}
+        self.history = [(self.log.seq, dict(self.state))]
+
+    # What must hold after each step.
+
+    @invariant()
+    def agree(self):
+        sr = self.sr
+        check(sr)
+        assert set(sr.vdis) == set(self.state)
+        for uuid, held in self.state.items():
+            vdi = sr.get(uuid)
+            assert content(vdi) == held.content, f"the content of {uuid} differs"
+            described = vdi.describe()
+            users = {a["client"]: a["writable"] for a in described.pop("attached")}
+            assert users == self.attached.get(uuid, {})
+            assert described == held.described()
+            assert vdi.family == held.family
+
+
+def test_model(request):
+    effort = request.config.getoption("--effort")
+    run_state_machine_as_test(
+        ModelMachine,
+        settings=settings(
+            max_examples=max(1, round(120 * effort)), stateful_step_count=40, deadline=None, derandomize=True, database=None,
+            print_blob=True, suppress_health_check=list(HealthCheck),
+        ),
+    )  # fmt: skip
