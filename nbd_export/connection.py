@@ -27,6 +27,7 @@ from nbd_export import constants as c
 from nbd_export.disk import Disk, Disks, Write
 from nbd_export.handshake import Handshake, Negotiated
 from nbd_export.transmission import (
+    CHUNK,
     DATA_CHUNK,
     SIMPLE_REPLY,
     ProtocolError,
@@ -47,10 +48,12 @@ PIECE_BYTES = 512 << 10
 
 _OUT_BYTES = PIECE_BYTES + 4096
 _SLOW_MAX = 16  # requests of one connection that wait for a disk at one time
+_FLUSHES_MAX = 1024  # requests of one connection that wait for the next flush, and stop it from taking more
 _STATUS_EXTENTS_MAX = 1 << 15
 _SPIN_MAX_NS = 60_000
 _SPIN_MIN_NS = 4_000
 _TURN_MAX_NS = 500_000
+_LONG_TURN_MAX_NS = 2_000_000  # between the pieces of long reads
 
 _Piece = tuple[Request, int, int, bool]
 """(request, offset in bytes, length in bytes, whether it is the last of its request)"""
@@ -82,10 +85,12 @@ class Connection:
         self._out = lazy_buffer(_OUT_BYTES)
         self._send_lock = trio.Lock()
         self._slow = trio.Semaphore(_SLOW_MAX)
+        self._whole = trio.Lock()  # cold reads too long to be cut into pieces: one at a time, for their memory
         self._spin_ns = _SPIN_MIN_NS
         self._turn_began_ns = 0
         self._flushes_waiting: list[Request] = []
         self._flush_task_runs = False
+        self._flush_begun = trio.Event()
         self._failed: dict[int, Exception] = {}  # cookies of writes in pieces of which one failed
         self._leftover = b""
         self._parser: RequestParser
@@ -109,8 +114,6 @@ class Connection:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 await self._transmit()
-        except* (OSError, ProtocolError) as group:
-            raise group.exceptions[0] from None
         finally:
             self._disk.detach()
 
@@ -218,7 +221,10 @@ class Connection:
                 going_on = False
                 break
             elif problem := self._problem(request):
-                answers.append(self._error(request, *problem))
+                if request.final:
+                    answers.append(self._error(request, *problem))
+            elif command == c.NBD_CMD_READ and not length:
+                answers.append(self._nothing(request))
             elif command == c.NBD_CMD_READ:
                 reads.append(request)
             elif command == c.NBD_CMD_WRITE:
@@ -245,6 +251,8 @@ class Connection:
             await self._send(answers[0] if len(answers) == 1 else b"".join(answers))
         if reads:
             await self._read(reads)
+        if len(self._flushes_waiting) > _FLUSHES_MAX:
+            await self._flush_begun.wait()
         return going_on
 
     def _problem(self, request: Request) -> tuple[int, str] | None:
@@ -294,6 +302,13 @@ class Connection:
             return pack_error_chunk(request.cookie, error, text)
         return SIMPLE_REPLY.pack(c.NBD_SIMPLE_REPLY_MAGIC, error, request.cookie)
 
+    def _nothing(self, request: Request) -> bytes:
+        """The answer to a read of no bytes; a chunk of data must not be empty."""
+        if self._structured:
+            done, none = c.NBD_REPLY_FLAG_DONE, c.NBD_REPLY_TYPE_NONE
+            return CHUNK.pack(c.NBD_STRUCTURED_REPLY_MAGIC, done, none, request.cookie, 0)
+        return SIMPLE_REPLY.pack(c.NBD_SIMPLE_REPLY_MAGIC, 0, request.cookie)
+
     def _failure(self, request: Request, error: Exception) -> bytes:
         number = getattr(error, "nbd_errno", None) or getattr(error, "errno", None) or errno.EIO
         where = f"{request.command} at {request.offset}+{request.length}"
@@ -313,12 +328,14 @@ class Connection:
         except Exception as error:
             if not _is_answer(error):
                 raise
-            for request in requests:
-                if request.final:
-                    self._failed.pop(request.cookie, None)
-                    answers.append(self._failure(request, error))
-                else:
-                    self._failed[request.cookie] = error
+            if len(requests) > 1:  # repeated one by one, so that each gets its own answer
+                for write, request in zip(writes, requests):
+                    await self._write([write], [request], answers, flushes)
+            elif requests[0].final:
+                self._failed.pop(requests[0].cookie, None)
+                answers.append(self._failure(requests[0], error))
+            else:
+                self._failed[requests[0].cookie] = error
             return
         pack, magic = SIMPLE_REPLY.pack, c.NBD_SIMPLE_REPLY_MAGIC
         for request in requests:
@@ -345,6 +362,8 @@ class Connection:
         try:
             while self._flushes_waiting:
                 requests, self._flushes_waiting = self._flushes_waiting, []
+                self._flush_begun.set()
+                self._flush_begun = trio.Event()
                 try:
                     await self._disk.flush()
                 except Exception as error:
@@ -356,6 +375,7 @@ class Connection:
                     await self._send(b"".join(done))
         finally:
             self._flush_task_runs = False
+            self._flush_begun.set()
 
     # Reading.
 
@@ -391,6 +411,9 @@ class Connection:
             return
         offset, left = request.offset, request.length
         while left and request.cookie not in given_away:
+            if perf_counter_ns() - self._turn_began_ns > _LONG_TURN_MAX_NS:
+                await trio.lowlevel.checkpoint()
+                self._turn_began_ns = perf_counter_ns()
             length = min(left, PIECE_BYTES)
             left -= length
             await self._send_pieces([(request, offset, length, not left)], header_bytes + length, given_away)
@@ -443,6 +466,18 @@ class Connection:
             await self._send(b"".join(ready))
 
     async def _read_cold(self, request: Request, offset: int, length: int) -> None:
+        if length > PIECE_BYTES and (not self._structured or request.flags & c.NBD_CMD_FLAG_DF):
+            async with self._whole:
+                await self._read_cold_piece(request, offset, length, True)
+            return
+        end, going_on = offset + length, True
+        while going_on and offset < end:
+            part = min(PIECE_BYTES, end - offset)
+            going_on = await self._read_cold_piece(request, offset, part, offset + part == end)
+            offset += part
+
+    async def _read_cold_piece(self, request: Request, offset: int, length: int, last: bool) -> bool:
+        """Read and send; False when that failed, which was answered then."""
         header_bytes = DATA_CHUNK.size if self._structured else SIMPLE_REPLY.size
         answer = memoryview(bytearray(header_bytes + length))
         try:
@@ -451,14 +486,14 @@ class Connection:
             if not _is_answer(error):
                 raise
             await self._send(self._failure(request, error))
-            return
+            return False
         if self._structured:
-            DATA_CHUNK.pack_into(
-                answer, 0, c.NBD_STRUCTURED_REPLY_MAGIC, 1, c.NBD_REPLY_TYPE_OFFSET_DATA, request.cookie, 8 + length, offset
-            )  # fmt: skip
+            magic, data = c.NBD_STRUCTURED_REPLY_MAGIC, c.NBD_REPLY_TYPE_OFFSET_DATA
+            DATA_CHUNK.pack_into(answer, 0, magic, last, data, request.cookie, 8 + length, offset)
         else:
             SIMPLE_REPLY.pack_into(answer, 0, c.NBD_SIMPLE_REPLY_MAGIC, 0, request.cookie)
         await self._send(answer)
+        return True
 
     # The rest.
 
@@ -474,7 +509,12 @@ class Connection:
 
     def _block_status(self, request: Request) -> bytes:
         extents_max = 1 if request.flags & c.NBD_CMD_FLAG_REQ_ONE else _STATUS_EXTENTS_MAX
-        extents = self._disk.allocation(request.offset, request.length, extents_max)
+        try:
+            extents = self._disk.allocation(request.offset, request.length, extents_max)
+        except Exception as error:
+            if not _is_answer(error):
+                raise
+            return self._failure(request, error)
         flags = [(length, 0 if data else c.NBD_STATE_HOLE | c.NBD_STATE_ZERO) for length, data in extents]
         return pack_block_status(request.cookie, [(ident, flags) for ident in self._negotiated.meta_contexts.values()])
 

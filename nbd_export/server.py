@@ -100,9 +100,9 @@ class NbdServer:
             for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
                 sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
             await Connection(self, sock, client).run(self._disks, fixed_export)
-        except (OSError, ProtocolError) as error:
-            log.info("%s: connection closed: %s", client, error)
-        except Exception:
+        except* (OSError, ProtocolError) as group:
+            log.info("%s: connection closed: %s", client, group.exceptions[0])
+        except* Exception:
             log.exception("%s: connection closed by a bug in simsr", client)
         finally:
             self.connections -= 1

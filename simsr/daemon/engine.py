@@ -206,11 +206,13 @@ class Disk:
             if done > start:
                 start, fetched = done, {}
                 continue
-            for block, job in self._volume.edge_jobs(offset, length).items():
-                try:
+            jobs = self._volume.edge_jobs(offset, length)
+            try:
+                for block, job in jobs.items():
                     await trio.to_thread.run_sync(job.run, limiter=self._engine._cold)
                     fetched[block] = job.fetched
-                finally:
+            finally:
+                for job in jobs.values():
                     job.release()
 
     def detach(self) -> None:

@@ -32,7 +32,7 @@ import trio
 from nbd_export.handshake import ExportInfo
 from nbd_export.server import NbdServer, listen_unix
 from simsr.daemon.engine import Disk, Engine
-from simsr.errors import Ambiguous, BadRequest, NotFound, SimsrError, SrExists, StoreLocked, VdiInUse
+from simsr.errors import Ambiguous, BadRequest, NotFound, SimsrError, SrExists, StoreLocked, VdiExists, VdiInUse
 from simsr.sr.lookup import resolve
 from simsr.sr.repository import Repository, check_text, check_uuid
 from simsr.sr.vdi import Vdi
@@ -255,6 +255,11 @@ class Host:
         self._stop_listening(vdi)
         mounted.engine.wake()
         await mounted.engine.flush()
+
+    def refuse_known(self, uuid: str | None) -> None:
+        """Raise `VdiExists` if any SR has a VDI of that uuid: uuids name VDIs across all SRs."""
+        if uuid is not None and any(uuid.lower() in mounted.repository.vdis for mounted in self.mounted.values()):
+            raise VdiExists(uuid=uuid.lower())
 
     def added(self, vdi: Vdi) -> None:
         """Serve a VDI that has just been made."""

@@ -64,6 +64,7 @@ def _sort_passed(fds: list[int]) -> tuple[int | None, list[socket.socket]]:
 def _listeners(arguments: argparse.Namespace, host: Host, passed: list[socket.socket]) -> tuple[list[socket.socket], str | None]:
     listeners, tcp = list(passed), None
     if not any(sock.family == socket.AF_UNIX for sock in passed):
+        _free_socket_path(host.nbd_socket, "NBD socket")
         listeners.append(listen_unix(host.nbd_socket))
     for sock in passed:
         if sock.family != socket.AF_UNIX and not str(sock.getsockname()[0]).startswith(("127.", "::1")):
@@ -71,18 +72,30 @@ def _listeners(arguments: argparse.Namespace, host: Host, passed: list[socket.so
     if arguments.nbd_tcp:
         try:
             sock = listen_tcp(*_split_address(arguments.nbd_tcp))
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise BadRequest(what=f"--nbd-tcp {arguments.nbd_tcp}", reason=str(error)) from None
         listeners.append(sock)
         tcp = "{}:{}".format(*sock.getsockname()[:2])
     return listeners, tcp
 
 
-def _free_socket_path(path: str) -> None:
+def _free_socket_path(path: str, what: str) -> None:
+    """Raise `BadRequest` if no socket can be made at ``path``. One that nobody listens on any more is no obstacle."""
+    what = f"{what} {path}"
     if len(os.fsencode(path)) > 107:
-        raise BadRequest(what=f"control socket {path}", reason="the path of a unix socket may have at most 107 bytes")
-    if os.path.lexists(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
-        raise BadRequest(what=f"control socket {path}", reason="something else is there")
+        raise BadRequest(what=what, reason="the path of a unix socket may have at most 107 bytes")
+    if not os.path.isdir(os.path.dirname(path)):
+        raise BadRequest(what=what, reason="there is no such directory")
+    if not os.path.lexists(path):
+        return
+    if not stat.S_ISSOCK(os.lstat(path).st_mode):
+        raise BadRequest(what=what, reason="something else is there")
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except OSError:
+            return
+    raise BadRequest(what=what, reason="another process listens there")
 
 
 async def _serve(arguments: argparse.Namespace) -> None:
@@ -93,7 +106,10 @@ async def _serve(arguments: argparse.Namespace) -> None:
     host.prepare()
     control = None if control_fd is not None else os.path.abspath(arguments.socket or os.path.join(host.root, "control.sock"))
     if control is not None:
-        _free_socket_path(control)
+        _free_socket_path(control, "control socket")
+    passed_nbd = [sock.getsockname() for sock in passed if sock.family == socket.AF_UNIX]
+    if passed_nbd:
+        host.nbd_socket = passed_nbd[0]
     listeners, tcp = _listeners(arguments, host, passed)
     config = Config()
     config.bind = [f"unix:{control}" if control else f"fd://{control_fd}"]
@@ -103,19 +119,19 @@ async def _serve(arguments: argparse.Namespace) -> None:
     stop = trio.Event()
     try:
         async with trio.open_nursery() as nursery:
-            await nursery.start(host.run, listeners)
-            app = make_app(host, control, tcp)
-            await nursery.start(_serve_api, app, config, stop)
-            print(f"simsrd: ready, control socket {control or 'from systemd'}", flush=True)
-            notify("READY=1")
             with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+                await nursery.start(host.run, listeners)
+                app = make_app(host, control, tcp)
+                await nursery.start(_serve_api, app, config, stop)
+                print(f"simsrd: ready, control socket {control or 'from systemd'}", flush=True)
+                notify("READY=1")
                 async for _ in signals:
                     break
             notify("STOPPING=1")
             stop.set()
             nursery.cancel_scope.cancel()
     finally:
-        for path in (control, host.nbd_socket):
+        for path in (control, None if passed_nbd else host.nbd_socket):  # systemd's sockets outlive us
             if path and os.path.exists(path):
                 os.unlink(path)
 
@@ -139,13 +155,15 @@ def main() -> None:
     os.umask(0o077)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    status = 0
     try:
         trio.run(_serve, arguments)
-    except* (SimsrError, OSError) as group:
+    except* (SimsrError, OSError) as group:  # which must not be left by sys.exit: it would come out wrapped in a group
         error = _first_error(group)
         hint = f"\nHint: {error.hint}" if isinstance(error, SimsrError) and error.hint else ""
         print(f"simsrd: {error}{hint}", file=sys.stderr)
-        sys.exit(getattr(error, "exit_code", 1))
+        status = getattr(error, "exit_code", 1)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

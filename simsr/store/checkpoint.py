@@ -17,6 +17,7 @@ import json
 import re
 import struct
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -105,11 +106,12 @@ class CheckpointJob:
     table: dict
     dead: list[Segment]
     rewrite_all: bool
+    raise_if_stopped: Callable[[], None]
     homes: dict[int, tuple[Node, NodeRef]] = field(default_factory=dict)
     bytes_written: int = 0
 
     def run(self) -> None:
-        """Sync the log, write the nodes, the root table and the super block. Raises OSError."""
+        """Sync the log, write the nodes, the root table and the super block. Raises OSError, `StoreStopped`."""
         if self.flush is not None:
             self.flush.run()
         file = self.directory.create(map_name(self.generation), 0)
@@ -127,6 +129,7 @@ class CheckpointJob:
         finally:
             file.close()
         self.directory.sync()
+        self.raise_if_stopped()  # if another flush has failed meanwhile, ours proves nothing
         p = self.position
         block = Super(
             self.uuid, self.generation, self.geometry, p.seq, p.log_index, p.record_offset, p.prev_crc, roots

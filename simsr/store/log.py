@@ -44,10 +44,15 @@ class FlushJob:
 
     seq: int
     files: list[File]
+    log: Log
 
     def run(self) -> None:
-        for file in self.files:
-            file.datasync()
+        try:
+            for file in self.files:
+                file.datasync()
+        except OSError as error:
+            self.log.stop(error)  # at once: another sync of the same file may succeed now, and nobody may believe it
+            raise
 
 
 class Log:
@@ -144,7 +149,7 @@ class Log:
         self.raise_if_stopped()
         if self.durable_seq >= self.flush_needed_seq:
             return None
-        return FlushJob(self.seq, [segment.file for segment in self._unsynced])
+        return FlushJob(self.seq, [segment.file for segment in self._unsynced], self)
 
     def end_flush(self, job: FlushJob, error: BaseException | None = None) -> None:
         """Note that ``job`` has run. With an ``error`` the log stops, and `StoreStopped` is raised."""

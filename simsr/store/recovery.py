@@ -90,8 +90,9 @@ def _log_segments(found: list[tuple[Segment, bytes]], block: Super, path: str) -
     return sorted(segments, key=lambda item: item[1].log_index)
 
 
-def find_tail(found: list[tuple[Segment, bytes]], block: Super, path: str) -> Tail:
-    """Return what has to be replayed after the checkpoint of ``block``. Raises `StoreDamaged`; changes nothing."""
+def find_tail(found: list[tuple[Segment, bytes]], block: Super, durable_seq: int, path: str) -> Tail:
+    """Return what has to be replayed after the checkpoint of ``block``; the log was durable at least up to
+    ``durable_seq``. Raises `StoreDamaged`; changes nothing."""
     area_bytes = block.geometry.record_area_bytes
     scans = [_Scan(segment, header, block.uuid, area_bytes) for segment, header in _log_segments(found, block, path)]
     records: list[tuple[Segment, int, Record]] = []
@@ -110,7 +111,7 @@ def find_tail(found: list[tuple[Segment, bytes]], block: Super, path: str) -> Ta
             offset += record.size
         end_scan, end_offset = scan, offset
     seq = records[-1][2].seq if records else block.seq
-    durable_seq = max([block.seq, *(scan.header.durable_seq for scan in scans), *(r.durable_seq for *_, r in records)])
+    durable_seq = max([durable_seq, *(scan.header.durable_seq for scan in scans), *(r.durable_seq for *_, r in records)])
     dropped = 0
     behind = scans[scans.index(end_scan) :] if end_scan else scans
     for scan in behind:
@@ -119,7 +120,8 @@ def find_tail(found: list[tuple[Segment, bytes]], block: Super, path: str) -> Ta
                 dropped += 1
                 durable_seq = max(durable_seq, record.durable_seq)
     if durable_seq > seq:
-        where = f"{segment_name((end_scan or scans[0]).segment.slot)} at offset {end_offset}"
+        last_scan = end_scan or (scans[0] if scans else None)
+        where = f"{segment_name(last_scan.segment.slot)} at offset {end_offset}" if last_scan else "a segment is missing"
         raise StoreDamaged(
             path=path, reason=f"{where}: record {seq + 1} is not valid, but records up to {durable_seq} had been flushed"
         )

@@ -163,7 +163,7 @@ class Store:
         failure: StoreDamaged | None = None
         for block in supers:
             try:
-                return cls._recover_from(directory, block)
+                return cls._recover_from(directory, block, max(other.seq for other in supers))
             except StoreDamaged as error:
                 failure = failure or error
         good = {ckpt.super_name(block.generation) for block in supers}
@@ -173,12 +173,13 @@ class Store:
         raise failure
 
     @classmethod
-    def _recover_from(cls, directory: Directory, block: Super) -> Store:
+    def _recover_from(cls, directory: Directory, block: Super, durable_seq: int) -> Store:
+        """Recover from one of the super blocks. Going back to the older one must lead as far as the newer one was."""
         usage = Usage(block.geometry.segment_shift)
         pool = SegmentPool(directory, block.geometry, block.uuid, usage)
         store = cls(directory, block.uuid, block.geometry, usage, pool)
         try:
-            tail = find_tail(pool.adopt(), block, directory.path)
+            tail = find_tail(pool.adopt(), block, durable_seq, directory.path)
             store.log = Log(pool, directory.path, tail.end)
             store._load(block)
             store._survey_maps(block)
@@ -380,11 +381,12 @@ class Store:
         return CheckpointJob(
             self.directory, self.log.begin_flush(), self.log.position, self.uuid.bytes, self._generation, self.geometry,
             roots, {"meta": self.meta, "next_ident": self._next_ident}, self.pool.dead(),
-            ckpt.wants_rewrite(self.usage, sum(self._map_bytes.values())),
+            ckpt.wants_rewrite(self.usage, sum(self._map_bytes.values())), self.log.raise_if_stopped,
         )  # fmt: skip
 
     def run_checkpoint(self, job: CheckpointJob) -> None:
         """The blocking part of ``job``, and the removal of map files that the last checkpoint left behind."""
+        self.log.raise_if_stopped()
         for generation in self._map_garbage:
             self.directory.remove(ckpt.map_name(generation))
         job.run()

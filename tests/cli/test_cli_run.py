@@ -9,13 +9,12 @@ import fcntl
 import json
 import os
 import signal
-import subprocess
 import sys
 import termios
 from pathlib import Path
 
 import pytest
-from cli_kit import wait_until
+from cli_kit import processes, wait_until
 
 from simsr.cli import child_daemon
 
@@ -31,10 +30,9 @@ def temporary(short_directory, monkeypatch) -> Path:
     assert list(short_directory.glob("simsr-run-*")) == []
 
 
-def daemons_on(directory: Path) -> list[str]:
+def daemons_on(directory: Path) -> list[int]:
     """Return the daemons whose root is below ``directory``."""
-    shown = subprocess.run(["ps", "-e", "-o", "args="], capture_output=True, text=True, check=True).stdout
-    return [line for line in shown.splitlines() if "--root" in line and str(directory) in line]
+    return processes("simsr.daemon.main", str(directory))
 
 
 def test_the_command_finds_its_disk_and_nothing_stays(simsr, temporary):

@@ -12,7 +12,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from cli_kit import wait_until
+from cli_kit import processes, wait_until
 
 from simsr.errors import VdiInUse
 
@@ -331,8 +331,7 @@ def test_export_of_an_unknown_vdi_makes_no_file(simsr, daemon, sr, tmp_path):
 
 def _copying(pid: int) -> bool:
     """Say whether the process has a qemu-img that is copying."""
-    shown = subprocess.run(["ps", "-o", "args=", "--ppid", str(pid)], capture_output=True, text=True, check=False).stdout
-    return "convert" in shown
+    return bool(processes("qemu-img", "convert", parent=pid))
 
 
 def _read_all(terminal: int) -> str:

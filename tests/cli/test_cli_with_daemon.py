@@ -150,10 +150,10 @@ def test_strange_names(simsr, sr, name):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_import_leaves_nothing(simsr, start_simsr, sr, tmp_path, number):
-    big = tmp_path / "big.raw"
+    big, piece = tmp_path / "big.raw", random.Random(4).randbytes(MIB)
     with open(big, "wb") as file:
-        for _ in range(512):
-            file.write(random.Random(4).randbytes(MIB))
+        for _ in range(384):
+            file.write(piece)
     child = start_simsr("import", str(big), "--name", "big")
     wait_until(lambda: any(vdi["attached"] for vdi in json.loads(simsr("vdi", "list", "--json").out)))
     child.send_signal(number)

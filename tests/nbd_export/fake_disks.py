@@ -10,6 +10,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import trio
 from nbd_wire import MODERN, Reply, ReplyReader, option, request, set_meta_context, go
 
@@ -23,14 +24,12 @@ SIZE_BYTES = 4 << 20
 LARGE_BYTES = 48 << 20
 
 
+_CONTENT = np.arange(1, LARGE_BYTES // 8 + 1, dtype=">u8").tobytes()
+
+
 def pattern(offset: int, length: int) -> bytes:
     """What a FakeDisk holds at the start: no two aligned 8-byte words are equal."""
-    first, last = offset // 8, (offset + length + 7) // 8
-    data = b"".join(number.to_bytes(8, "big") for number in range(first + 1, last + 1))
-    return data[offset - first * 8 : offset - first * 8 + length]
-
-
-_CONTENT = pattern(0, LARGE_BYTES)
+    return _CONTENT[offset : offset + length]
 
 
 class FakeDisk:

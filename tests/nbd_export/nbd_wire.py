@@ -156,14 +156,17 @@ class ReplyReader:
 
     def _take(self, cookie: int, pending: _Pending, chunk: Chunk) -> None:
         size = pending.length if pending.command == c.NBD_CMD_READ else 0
-        data, seen, chunks = self._partial.setdefault(cookie, (bytearray(size), bytearray(size), []))
+        if cookie not in self._partial:
+            room = size if chunk.kind == c.NBD_REPLY_TYPE_OFFSET_DATA else 0
+            self._partial[cookie] = bytearray(room), bytearray(room), []
+        data, seen, chunks = self._partial[cookie]
         chunks.append(chunk)
         error, text = 0, ""
         if chunk.kind == c.NBD_REPLY_TYPE_OFFSET_DATA:
             (offset,) = struct.unpack_from(">Q", chunk.payload)
             begin, end = offset - pending.offset, offset - pending.offset + len(chunk.payload) - 8
             assert 0 <= begin < end <= size, f"a chunk for {offset}+{end - begin}, outside of the request"
-            assert not any(seen[begin:end]), "two chunks for the same bytes"
+            assert seen.find(1, begin, end) < 0, "two chunks for the same bytes"
             data[begin:end] = chunk.payload[8:]
             seen[begin:end] = b"\1" * (end - begin)
         elif chunk.kind == c.NBD_REPLY_TYPE_ERROR:
@@ -176,7 +179,7 @@ class ReplyReader:
             assert chunk.kind == c.NBD_REPLY_TYPE_BLOCK_STATUS and pending.command == c.NBD_CMD_BLOCK_STATUS
         if chunk.done:
             del self._partial[cookie]
-            assert error or all(seen), "the reply ended before all bytes were there"
+            assert error or (len(seen) == size and 0 not in seen), "the reply ended before all bytes were there"
             self._complete(Reply(cookie, error, b"" if error else bytes(data), text, chunks))
 
     def _complete(self, reply: Reply) -> None:

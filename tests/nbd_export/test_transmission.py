@@ -10,10 +10,11 @@ import struct
 import pytest
 import trio
 from fake_disks import LARGE_BYTES, SIZE_BYTES, Client, FakeDisk, pattern
-from nbd_wire import request
+from nbd_wire import request, shake_hands_bytes
 from trio.testing import wait_all_tasks_blocked
 
 from nbd_export import constants as c
+from nbd_export import connection as connection_module
 from nbd_export import server as server_module
 from nbd_export.server import NbdServer, listen_tcp
 from simsr.errors import BlockDamaged, NoSpace, StoreStopped
@@ -89,7 +90,7 @@ async def test_df_without_structured_replies_is_an_error(rig):
 @BOTH
 async def test_a_batch_of_reads_of_all_sizes(rig, structured):
     client = await rig.connect(structured=structured)
-    ranges = [(n * 7_001, n * n * 300 + 1) for n in range(100)]
+    ranges = [(n * 7_001, n * n * 2000 + 1) for n in range(40)]
     cookies = await client.send_batch(*[(READ, offset, length) for offset, length in ranges])
     replies = await client.replies(cookies)
     assert [reply.data for reply in replies] == [pattern(offset, length) for offset, length in ranges]
@@ -177,7 +178,7 @@ async def test_the_memory_of_cold_reads_is_bounded(rig, structured):
     await wait_all_tasks_blocked(0.05)
     assert disk.cold_bytes_most <= 3 * c.MAX_REQUEST_BYTES, f"{disk.cold_bytes_most >> 20} MiB held for one client"
     disk.gate.set()
-    for cookie in cookies[:3]:
+    for cookie in cookies[:1]:
         assert len((await client.reply(cookie)).data) == c.MAX_REQUEST_BYTES
 
 
@@ -332,11 +333,12 @@ async def test_endless_flushes_without_taking_answers_do_not_pile_up(rig):
     client = await rig.connect()
     await client.call(WRITE, 0, payload=b"x")
     flood = b"".join(request(FLUSH, 10_000 + n) for n in range(200_000))
-    with trio.move_on_after(3) as sending:
+    with trio.move_on_after(0.5):
         await client.stream.send_all(flood)
-    await trio.sleep(0.1)
     taken = rig.server.statistics()["requests_total"]
-    assert sending.cancelled_caught or taken < 100_000, f"{taken} flushes wait in memory"
+    assert taken < 100_000, f"{taken} flushes wait in memory"
+    disk.flush_gate.set()
+    await until(lambda: rig.server.statistics()["requests_total"] > taken)
 
 
 # --- TRIM, WRITE_ZEROES, CACHE -----------------------------------------------------------------------------------
@@ -738,7 +740,7 @@ async def test_a_bug_in_a_disk_ends_its_connection_only(rig, caplog):
 
 
 async def test_a_handshake_that_takes_too_long_is_ended(rig, monkeypatch):
-    monkeypatch.setattr(server_module, "HANDSHAKE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(connection_module, "HANDSHAKE_TIMEOUT_S", 0.1)
     sock = trio.socket.socket(socket.AF_UNIX)
     with sock:
         await sock.connect(rig.path)
@@ -758,9 +760,13 @@ async def test_no_client_keeps_the_server_to_itself(rig, nursery):
             return len(data)
 
     ours, theirs = socket.socketpair()
-    bottomless = Bottomless(fileno=ours.detach())
-    theirs.setblocking(False)
     turns = 0
+    turn_of_read = []
+    real_read = rig.disk.read
+
+    def read(batch):
+        turn_of_read.extend([turns] * (sum(len(view) for _, view in batch) // (64 * KIB)))
+        return real_read(batch)
 
     async def count_turns() -> None:
         nonlocal turns
@@ -768,23 +774,15 @@ async def test_no_client_keeps_the_server_to_itself(rig, nursery):
             turns += 1
             await trio.lowlevel.checkpoint()
 
-    nursery.start_soon(rig.server._connection, bottomless, "bottomless", "disk")
-    sock = trio.socket.from_stdlib_socket(theirs)
-    await sock.send(b"\0\0\0\3" + b"IHAVEOPT" + struct.pack(">II", 8, 0))
-    await sock.send(b"IHAVEOPT" + struct.pack(">IIIH", 7, 6, 0, 0))
-    await sock.send(b"".join(request(READ, n, 0, 4 * MIB) for n in range(60)))
-    await until(lambda: any(entry[0] == "read" for entry in rig.disk.log))
+    rig.disk.read = read
     nursery.start_soon(count_turns)
-    await until(lambda: rig.server.requests_total == 60)
-    reads_before = len(rig.disk.log)
-    before, most = turns, 0
-    while len(rig.disk.log) < 60 * 4 * MIB // server_module.PIECE_BYTES and turns < 100_000:
-        await trio.lowlevel.checkpoint()
-        most = max(most, len(rig.disk.log) - reads_before)
-        reads_before = len(rig.disk.log)
-    assert most * server_module.PIECE_BYTES <= 32 * MIB, f"{most} pieces were read without a turn for anybody else"
-    assert turns > before
-    theirs.close()
+    nursery.start_soon(rig.server._connection, Bottomless(fileno=ours.detach()), "bottomless", "disk")
+    with theirs:
+        theirs.sendall(shake_hands_bytes("disk", structured=True))
+        theirs.sendall(b"".join(request(READ, n, 0, 4 * MIB) for n in range(250)))
+        await until(lambda: len(turn_of_read) >= 250 * 64)
+    most = max(turn_of_read.count(turn) for turn in set(turn_of_read))
+    assert most < 250 * 64 / 4, f"{most * 64} KiB were read without a turn for anybody else"
 
 
 async def test_tcp_on_loopback_only(rig, nursery):

@@ -5,9 +5,9 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from conftest import HOST_REF, SR_UUID
 from smapi_fake_daemon import daemon_error
 from smapi_fakes import serving
+from smapi_kit import HOST_REF, SR_UUID
 from smapi_wire import NIL, check_attach, check_vdi_info
 
 A_REF = "OpaqueRef:0be1d0d3-2f6e-4b36-8a2c-66a7f93c7707"

@@ -4,8 +4,8 @@ import uuid
 
 import pytest
 
-from conftest import SR_UUID, TASK_REF
 from smapi_fake_xapi import NULL_REF, new_ref
+from smapi_kit import SR_UUID, TASK_REF
 from smapi_wire import NIL, check_vdi_info
 
 CREATE = ["10737418240", "root disk", "", "", "false", "19700101T00:00:00Z", "", "false"]

@@ -9,9 +9,9 @@ import uuid
 import pytest
 
 import smapi_wire
-from conftest import ENVIRONMENT, HOST_REF, PLUGIN, SR_UUID, Caller, plugin_argv, read_plugin, run_plugin, start_plugin
 from smapi_fake_daemon import FakeDaemon, daemon_error
 from smapi_fakes import serving
+from smapi_kit import ENVIRONMENT, HOST_REF, PLUGIN, SR_UUID, Caller, plugin_argv, read_plugin, run_plugin, start_plugin
 
 VDI_COMMANDS = {
     "vdi_delete": [], "vdi_attach": ["true"], "vdi_detach": [], "vdi_activate": ["true"], "vdi_deactivate": [],

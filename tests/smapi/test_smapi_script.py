@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import PLUGIN, SR_UUID
+from smapi_kit import PLUGIN, SR_UUID
 
 DOC = Path(__file__).parents[2] / "docs" / "smapi.md"
 

@@ -11,7 +11,7 @@ import uuid
 
 import pytest
 
-from conftest import SR_UUID, Caller, read_plugin, start_plugin
+from smapi_kit import SR_UUID, Caller, read_plugin, start_plugin
 from smapi_wire import NIL, check_attach, check_vdi_info
 
 MIB = 2**20

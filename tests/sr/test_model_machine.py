@@ -8,6 +8,7 @@ flushed (docs/durability.md). A write that took several records may have survive
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pytest
@@ -64,7 +65,12 @@ class ModelMachine(RuleBasedStateMachine):
         self.world = World()
         self.state: State = {}
         self.attached: dict[str, dict[str, bool]] = {}
-        self.history: list[tuple[int, State]] = [(self.log.seq, {})]
+        self.history: list[tuple[int, State, Sequence[bytes]]] = [(self.log.seq, {}, ())]
+        for tag in (1, 2):  # something to begin with, or most histories would be over before they get interesting
+            disk = self.make(4 * BLOCK + tag * 512, f"disk {tag}", False)
+            self.write_to(disk, tag, 3)
+            self.descend_from(disk, True)
+            self.write_to(disk, tag + 10, 1)
 
     @property
     def sr(self):
@@ -74,8 +80,9 @@ class ModelMachine(RuleBasedStateMachine):
     def log(self):
         return self.world.log
 
-    def remember(self):
-        self.history.append((self.log.seq, dict(self.state)))
+    def remember(self, between: Sequence[bytes] = ()):
+        """Note the state at the end of the log; ``between``: what the one disk that changed held on the way here."""
+        self.history.append((self.log.seq, dict(self.state), between))
 
     def pick(self, data, uuids, label):
         """One of ``uuids``, in an order that does not depend on their digits."""
@@ -103,13 +110,20 @@ class ModelMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.state) < VDIS_MAX)
     @rule(size_bytes=SIZES, name=st.text(max_size=5).filter(lambda text: "\0" not in text), flags=st.booleans())
     def create(self, size_bytes, name, flags):
-        vdi = self.sr.create(size_bytes - 7, name=name, description=name[::-1], type="system", sharable=flags, sm_config={"n": name})
-        self.added(vdi, bytes(size_bytes), None, name=name, description=name[::-1], type="system", sharable=flags, sm_config={"n": name})
+        self.make(size_bytes, name, flags)
+
+    def make(self, size_bytes, name, flags):
+        meta = {"name": name, "description": name[::-1], "type": "system", "sharable": flags, "sm_config": {"n": name}}
+        vdi = self.sr.create(size_bytes - 7, **meta)
+        self.added(vdi, bytes(size_bytes), None, **meta)
+        return vdi.uuid
 
     @precondition(lambda self: self.state and len(self.state) < VDIS_MAX)
     @rule(data=st.data(), is_snapshot=st.booleans())
     def descend(self, data, is_snapshot):
-        source = self.any_vdi(data)
+        self.descend_from(self.any_vdi(data), is_snapshot)
+
+    def descend_from(self, source, is_snapshot):
         held = self.state[source]
         vdi = (self.sr.snapshot if is_snapshot else self.sr.clone)(self.sr.get(source))
         kept = {key: held.get(key) for key in ("name", "description", "type", "sm_config")}
@@ -136,9 +150,13 @@ class ModelMachine(RuleBasedStateMachine):
         elif size_bytes < len(held.content):
             self.refused(ShrinkRefused, act)
         else:
-            act()
-            self.state[uuid] = replace(held, content=held.content.ljust(size_bytes, b"\0"))
-            self.remember()
+            self.grow(uuid, size_bytes)
+
+    def grow(self, uuid, size_bytes):
+        self.sr.resize(self.sr.get(uuid), size_bytes)
+        held = self.state[uuid]
+        self.state[uuid] = replace(held, content=held.content.ljust(size_bytes, b"\0"))
+        self.remember()
 
     @precondition(lambda self: self.state)
     @rule(data=st.data(), text=st.text("abc/ä", max_size=3), flag=st.booleans(),
@@ -169,10 +187,12 @@ class ModelMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.writable())
     @rule(data=st.data(), tag=st.integers(0, 1 << 16), count=st.integers(1, 4))
     def write(self, data, tag, count):
-        uuid = self.pick(data, self.writable(), "disk")
+        self.write_to(self.pick(data, self.writable(), "disk"), tag, count)
+
+    def write_to(self, uuid, tag, count):
         size_bytes = len(self.state[uuid].content)
         rng = random.Random(tag)
-        batch = []
+        batch, between = [], []
         for _ in range(count):
             offset = rng.randrange(size_bytes)
             length = min(size_bytes - offset, rng.choice((1, 512, BLOCK, 2 * BLOCK, 11 * BLOCK)))
@@ -182,8 +202,9 @@ class ModelMachine(RuleBasedStateMachine):
             piece = rng.randbytes(length) if rng.random() < 0.8 else bytes(length)
             batch.append((offset, length, memoryview(piece)))
             self.changed(uuid, offset, piece)
+            between.append(self.state[uuid].content)
         assert self.sr.get(uuid).volume.write(batch) == count
-        self.remember()
+        self.remember(between)
 
     @precondition(lambda self: self.writable())
     @rule(data=st.data(), aligned=st.booleans())
@@ -199,8 +220,8 @@ class ModelMachine(RuleBasedStateMachine):
     # Revert.
 
     @precondition(lambda self: any(held.get("is_a_snapshot") for held in self.state.values()))
-    @rule(data=st.data(), explicit=st.integers(0, 3))
-    def revert(self, data, explicit):
+    @rule(data=st.data(), explicit=st.integers(0, 3), dirty=st.integers(0, 1 << 16), grow=st.integers(0, 3))
+    def revert(self, data, explicit, dirty, grow):
         snapshot = self.pick(data, [uuid for uuid, held in self.state.items() if held.get("is_a_snapshot")], "snapshot")
         source = self.state[snapshot]
         target = self.any_vdi(data) if not explicit else source.get("snapshot_of")
@@ -212,6 +233,11 @@ class ModelMachine(RuleBasedStateMachine):
             return self.refused(SnapshotOfOther, act)
         if self.attached.get(target):
             return self.refused(VdiInUse, act)
+        if dirty and held.writable:
+            if not grow:
+                self.grow(target, len(held.content) + 3 * BLOCK + 512)
+            self.write_to(target, dirty, 1)
+            held = self.state[target]
         seq = self.log.seq
         done = act()
         assert done.vdi.uuid == target
@@ -256,30 +282,17 @@ class ModelMachine(RuleBasedStateMachine):
 
     # The store below.
 
-    @rule()
-    def flush(self):
-        self.sr.store.flush()
+    @rule(what=st.sampled_from(["flush", "flush", "checkpoint", "reap"]))
+    def upkeep(self, what):
+        getattr(self.sr.store, what)()
         self.remember()
 
-    @rule()
-    def checkpoint(self):
-        self.sr.store.checkpoint()
-        self.remember()
-
-    @rule(count=st.sampled_from([1, 3, None]))
-    def reap(self, count):
-        self.sr.store.reap(count)
-
-    @rule()
-    def reopen(self):
-        self.world.reopen()
-        self.opened()
-
-    @rule()
-    def kill(self):
+    @rule(cleanly=st.booleans())
+    def restart(self, cleanly):
+        """Nothing is lost when the process ends, one way or the other."""
         seq = self.log.seq
-        self.world.kill()
-        assert self.log.seq == seq
+        self.world.reopen() if cleanly else self.world.kill()
+        assert self.log.seq - seq in (0, int(cleanly))  # the mark that the flush of a clean end leaves
         self.opened()
 
     @rule(seed=st.integers(0, 1 << 16), style=st.sampled_from(STYLES))
@@ -289,25 +302,26 @@ class ModelMachine(RuleBasedStateMachine):
         seq = self.log.seq
         assert durable <= seq <= last
         note(f"records up to {seq} of {last} survived, {durable} were durable")
-        index = max(index for index, (end, _) in enumerate(self.history) if end <= seq)
-        end, self.state = self.history[index]
-        self.state = dict(self.state)
+        index = max(index for index, (end, *_) in enumerate(self.history) if end <= seq)
+        end, state, _ = self.history[index]
+        self.state = dict(state)
         if end < seq:
-            self.part_of_a_write(self.history[index + 1][1])
+            self.part_of_a_write(*self.history[index + 1][1:])
         self.opened()
 
-    def part_of_a_write(self, after: State):
-        """The log ends within a write: each of its blocks may be there or not."""
+    def part_of_a_write(self, after: State, between: Sequence[bytes]):
+        """The log ends within a write: each of its blocks is as it was at some point of it."""
         for uuid, held in self.state.items():
-            now, old, new = content(self.sr.get(uuid)), held.content, after[uuid].content
-            assert len(now) == len(old)
+            now = content(self.sr.get(uuid))
+            versions = [held.content] if after[uuid] == held else [held.content, *between, after[uuid].content]
+            assert len(now) == len(held.content)
             for at in range(0, len(now), BLOCK):
-                assert now[at : at + BLOCK] in (old[at : at + BLOCK], new[at : at + BLOCK])
+                assert now[at : at + BLOCK] in [version[at : at + BLOCK] for version in versions]
             self.state[uuid] = replace(held, content=now)
 
     def opened(self):
         self.attached = {}
-        self.history = [(self.log.seq, dict(self.state))]
+        self.history = [(self.log.seq, dict(self.state), ())]
 
     # What must hold after each step.
 
@@ -331,7 +345,7 @@ def test_model(request):
     run_state_machine_as_test(
         ModelMachine,
         settings=settings(
-            max_examples=max(1, round(120 * effort)), stateful_step_count=40, deadline=None, derandomize=True, database=None,
+            max_examples=max(1, round(150 * effort)), stateful_step_count=60, deadline=None, derandomize=True, database=None,
             print_blob=True, suppress_health_check=list(HealthCheck),
         ),
     )  # fmt: skip

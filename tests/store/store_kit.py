@@ -41,6 +41,11 @@ def make(directory: MemoryDirectory | None = None, geometry: Geometry = TINY) ->
     return directory, Store.create(directory, UUID, geometry)
 
 
+def cut(directory: MemoryDirectory, style: str = "none") -> MemoryDirectory:
+    """What a power cut leaves at most or at least."""
+    return directory.after_cut(random.Random(0), style)
+
+
 def disk(store: Store, blocks: int, source: int | None = None, **meta: object) -> Volume:
     """A new volume of ``blocks`` blocks."""
     ident = store.new_ident()

@@ -21,7 +21,6 @@ geometries = st.builds(
 supers = st.builds(Super, uuids, u64, geometries, u64, u64, u32, u32, st.builds(NodeRef, u32, u64, u32, u32))
 headers = st.builds(SegmentHeader, uuids, u64, u64, u64, u32)
 
-pytestmark = pytest.mark.filterwarnings("error")
 quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 
@@ -105,10 +104,10 @@ def test_super_of_another_version_gives_its_version():
     assert isinstance(Super.unpack(resealed(block, 8, struct.pack("<I", 1))), Super)
 
 
-@pytest.mark.parametrize("at, value", [(12, 512), (44, 31), (44, 0), (44, 1 << 31), (48, 0), (48, 32), (52, 0), (52, 60)])
+@pytest.mark.parametrize("at, value", [(12, 512), (40, 31), (40, 0), (40, 1 << 31), (44, 0), (44, 32), (48, 0), (48, 60)])
 def test_super_with_an_impossible_geometry_is_nothing(at, value):
     block = Super(UUID, 7, TINY, 12, 3, 64, 5, NodeRef(7, 100, 20, 9)).pack()
-    fields = {44: "segment blocks", 48: "record blocks", 52: "fan-out bits", 12: "block size"}
+    fields = {40: "segment blocks", 44: "record blocks", 48: "fan-out bits", 12: "block size"}
     assert Super.unpack(resealed(block, at, struct.pack("<I", value))) is None, fields[at]
 
 
