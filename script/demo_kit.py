@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import struct
 import subprocess
@@ -47,6 +48,7 @@ def output_of(*command: object, accept: tuple[int, ...] = (0,)) -> tuple[int, st
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            env={**os.environ, "PATH": os.environ.get("PATH", "") + ":/usr/sbin:/sbin"},  # where e2fsprogs live
             timeout=PATIENCE_S,
             check=False,
         )

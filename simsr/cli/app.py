@@ -126,8 +126,8 @@ def run_command(
 ) -> None:
     """Run a command beside a VDI of its own.
 
-    A daemon is started and a VDI created; both are gone when CMD has ended, and its exit status is ours. CMD finds the NBD URI in $uri, the uuid in $vdi and the daemon in $SIMSR_SOCKET; {uri} in its arguments is
-    replaced by the URI.
+    A daemon is started and a VDI created; both are gone when CMD has ended, and its exit status is ours. CMD finds the
+    NBD URI in $uri, the uuid in $vdi and the daemon in $SIMSR_SOCKET; {uri} in its arguments is replaced by the URI.
     """
     from simsr.cli.captive import run_captive
 

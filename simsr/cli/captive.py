@@ -12,8 +12,6 @@ import contextlib
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -31,11 +29,13 @@ SR_NAME = "run"
 
 _SI_KERNEL = 0x80  # si_code of a signal that the terminal sent
 _FORWARDED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
+_IGNORED_BY_PYTHON = [signal.SIGPIPE, signal.SIGXFSZ]
 
 
 def run_captive(command: list[str], *, size_bytes: int, root: str | None, debug: bool) -> int:
     """Run ``command`` beside a daemon with a VDI of ``size_bytes`` and return the exit status to end with."""
-    with _root(root) as directory, _daemon(directory, debug) as socket, _disk(socket, size_bytes) as vdi:
+    lasting = root is not None
+    with _root(root) as directory, _daemon(directory, debug) as socket, _disk(socket, size_bytes, lasting) as vdi:
         environment = {**os.environ, "uri": vdi["nbd_uri"], "vdi": vdi["uuid"], "SIMSR_SOCKET": socket}
         return _run([word.replace("{uri}", vdi["nbd_uri"]) for word in command], environment)
 
@@ -69,21 +69,31 @@ def _daemon(root: str, debug: bool) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _disk(socket: str, size_bytes: int) -> Iterator[dict[str, Any]]:
+def _disk(socket: str, size_bytes: int, lasting: bool) -> Iterator[dict[str, Any]]:
+    """Create the disk, give it, delete it in the end if the store outlasts it."""
     client, chosen = Client(socket), str(uuid.uuid4())
     try:
         body = {"uuid": chosen, "size_bytes": size_bytes, "name": f"run-{os.getpid()}", "sr": _home_sr(client)}
         yield client.post("/v1/vdis", body)
-    finally:
-        with undisturbed():
-            client.close()
-            try:
+    except BaseException:
+        if lasting:
+            with undisturbed(), contextlib.suppress(SimsrError):  # the first error is the one to report
+                client.close()
                 delete_when_free(client, chosen)
-            except SimsrError as error:
-                # Only a root that stays can miss it; an error or the command's own status is on its way.
-                if sys.exc_info()[0] is None:
-                    complain(f"VDI {chosen} stays: {error}", error.hint)
-            client.close()
+        raise
+    else:
+        if lasting:
+            with undisturbed():
+                _delete_or_complain(client, chosen)
+    finally:
+        client.close()
+
+
+def _delete_or_complain(client: Client, vdi_uuid: str) -> None:
+    try:
+        delete_when_free(client, vdi_uuid)
+    except SimsrError as error:
+        complain(f"the disk of this run stays: {error}", error.hint)
 
 
 def _home_sr(client: Client) -> str:
@@ -97,19 +107,20 @@ def _home_sr(client: Client) -> str:
 
 def _run(command: list[str], environment: dict[str, str]) -> int:
     """Run the command to its end, passing signals on; return its status as a shell would."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED | {signal.SIGCHLD})
+    watched = _FORWARDED | {signal.SIGCHLD}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
     try:
-        child = subprocess.Popen(
-            command, env=environment, preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        )
-        while child.poll() is None:
-            received = signal.sigwaitinfo(_FORWARDED | {signal.SIGCHLD})
+        child = os.posix_spawnp(command[0], command, environment, setsigmask=before, setsigdef=_IGNORED_BY_PYTHON)
+        while True:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                code = os.waitstatus_to_exitcode(status)
+                return code if code >= 0 else 128 - code
+            received = signal.sigwaitinfo(watched)
             if received.si_signo != signal.SIGCHLD and received.si_code != _SI_KERNEL:
-                child.send_signal(received.si_signo)
+                os.kill(child, received.si_signo)
     except OSError as error:
         complain(f"cannot run {command[0]}: {error.strerror}")
         return 127 if isinstance(error, FileNotFoundError) else 126
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    status = child.returncode
-    return status if status >= 0 else 128 - status

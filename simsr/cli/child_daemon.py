@@ -1,15 +1,14 @@
 """A simsrd as a child of this process: started, waited for, stopped.
 
 It has a process group of its own, so that a Ctrl-C at the terminal does not reach it, and the kernel sends it SIGTERM
-should this process die. What it logs is kept in a temporary file and consulted when it does not start.
+should the thread that started it die. What it logs is kept in a temporary file and consulted when it does not start.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import select
-import signal
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,8 +27,8 @@ STOP_TIMEOUT_S = 10.0
 LONGEST_ROOT = 60
 """A unix socket path has at most 107 characters, and ROOT/nbd/UUID.sock must fit."""
 
-_PR_SET_PDEATHSIG = 1
-_C_LIBRARY = ctypes.CDLL(None)  # loaded here, since little is allowed between fork and exec
+END_WITH_PARENT = ["setpriv", "--pdeathsig", "TERM", "--"]
+"""Put before a command. setpriv belongs to util-linux; without it only the tie to this process is missing."""
 
 
 def short_temporary_directory(prefix: str) -> str:
@@ -48,12 +47,11 @@ class ChildDaemon:
         self.root = root
         self._log = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
-            [*DAEMON, "--root", root],
+            [*(END_WITH_PARENT if shutil.which("setpriv") else []), *DAEMON, "--root", root],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=None if show_log else self._log,
             process_group=0,
-            preexec_fn=_end_with_parent,
         )
         try:
             self.socket = self._socket_when_ready()
@@ -117,8 +115,3 @@ class ChildDaemon:
         self.process.wait()
         said = [line for line in self.log() if line.strip() and not line.startswith("Hint: ")]
         return said[-1].removeprefix("simsrd: ") if said else f"it ended with status {self.process.returncode}"
-
-
-def _end_with_parent() -> None:
-    """Have the kernel send SIGTERM to this process when its parent dies (runs in the child)."""
-    _C_LIBRARY.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

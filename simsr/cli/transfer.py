@@ -137,7 +137,7 @@ def _check_source(path: str) -> None:
             action="import",
             path="standard input",
             reason="qemu-img needs a file it can seek in",
-            hint='Create a VDI and use: nbdcopy -- - "$(simsr vdi uri VDI)"',
+            hint='Create a VDI and use: nbdcopy - "$(simsr vdi uri VDI)"',
         )
     try:
         kind = os.stat(path).st_mode

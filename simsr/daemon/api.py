@@ -11,13 +11,15 @@ import logging
 import os
 from time import monotonic
 from typing import Annotated, Any
+from urllib.parse import unquote
 
 import trio
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from simsr import __version__
 from simsr.daemon.host import Host, Mounted
@@ -29,7 +31,8 @@ __all__ = ["make_app"]
 
 log = logging.getLogger("simsr.api")
 
-Text = Annotated[str, Field(max_length=4096)]
+Text = Annotated[str, Field(max_length=4096)]  # a limit makes pydantic refuse lone surrogates, too
+Reference = Annotated[str, AfterValidator(unquote)]
 SizeBytes = Annotated[int, Field(gt=0, description="bytes; rounded up to a multiple of 512", examples=[1 << 30])]
 
 
@@ -41,7 +44,7 @@ class Body(BaseModel):
 
 class SrCreate(Body):
     name: Text
-    uuid: Annotated[str, Field(min_length=1)] | None = None
+    uuid: Annotated[Text, Field(min_length=1)] | None = None
     description: Text = ""
     sm_config: dict[str, str] = {}
 
@@ -54,11 +57,11 @@ class SrUpdate(Body):
 
 class VdiCreate(Body):
     size_bytes: SizeBytes
-    sr: str | None = None
+    sr: Text | None = None
     name: Text = ""
     description: Text = ""
-    uuid: str | None = None
-    type: str = "user"
+    uuid: Text | None = None
+    type: Text = "user"
     sharable: bool = False
     read_only: bool = False
     sm_config: dict[str, str] = {}
@@ -76,7 +79,7 @@ class VdiUpdate(Body):
 class Descend(Body):
     name: Text | None = None
     description: Text | None = None
-    uuid: str | None = None
+    uuid: Text | None = None
     sm_config: dict[str, str] | None = None
 
 
@@ -85,7 +88,7 @@ class Resize(Body):
 
 
 class Revert(Body):
-    target: str | None = Field(None, description="uuid of the disk, if not the one the snapshot was taken of")
+    target: Text | None = Field(None, description="uuid of the disk, if not the one the snapshot was taken of")
 
 
 class Attach(Body):
@@ -166,9 +169,22 @@ class DaemonOut(BaseModel):
     statistics: dict[str, Any]
 
 
+class _PathAsSent:
+    """Routes by the path before it is decoded, so that a slash (%2F) in a name does not divide it. `Reference` decodes."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope = {**scope, "path": scope["raw_path"].decode("ascii")}
+        await self._app(scope, receive, send)
+
+
 def make_app(host: Host, control_socket: str | None, nbd_tcp: str | None) -> FastAPI:
-    """The application that serves ``host``. Names in paths may hold slashes, hence the ``:path`` in the routes."""
+    """The application that serves ``host``."""
     app = FastAPI(title="simsrd", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.add_middleware(_PathAsSent)
     _add_error_handlers(app)
     _add_daemon_routes(app, host, control_socket, nbd_tcp)
     _add_sr_routes(app, host)
@@ -253,13 +269,13 @@ def _add_sr_routes(app: FastAPI, host: Host) -> None:
         _timed(response, began)
         return describe(mounted)
 
-    @app.get("/v1/srs/{sr:path}", response_model=SrOut)
-    async def show_sr(sr: str) -> dict:
+    @app.get("/v1/srs/{sr}", response_model=SrOut)
+    async def show_sr(sr: Reference) -> dict:
         """One SR."""
         return describe(host.find_sr(sr))
 
-    @app.patch("/v1/srs/{sr:path}", response_model=SrOut)
-    async def update_sr(sr: str, body: SrUpdate, response: Response) -> dict:
+    @app.patch("/v1/srs/{sr}", response_model=SrOut)
+    async def update_sr(sr: Reference, body: SrUpdate, response: Response) -> dict:
         """Change name, description or sm_config of an SR."""
         began = trio.current_time()
         mounted = host.find_sr(sr)
@@ -270,8 +286,8 @@ def _add_sr_routes(app: FastAPI, host: Host) -> None:
         _timed(response, began)
         return describe(mounted)
 
-    @app.delete("/v1/srs/{sr:path}", status_code=204)
-    async def delete_sr(sr: str, response: Response) -> None:
+    @app.delete("/v1/srs/{sr}", status_code=204)
+    async def delete_sr(sr: Reference, response: Response) -> None:
         """Delete an SR without VDIs."""
         began = trio.current_time()
         await host.delete_sr(sr)
@@ -309,13 +325,13 @@ def _add_vdi_routes(app: FastAPI, host: Host) -> None:
         _timed(response, began)
         return _describe_vdi(host, vdi)
 
-    @app.get("/v1/vdis/{vdi:path}", response_model=VdiOut)
-    async def show_vdi(vdi: str) -> dict:
+    @app.get("/v1/vdis/{vdi}", response_model=VdiOut)
+    async def show_vdi(vdi: Reference) -> dict:
         """One VDI."""
         return _describe_vdi(host, host.find_vdi(vdi)[1])
 
-    @app.patch("/v1/vdis/{vdi:path}", response_model=VdiOut)
-    async def update_vdi(vdi: str, body: VdiUpdate, response: Response) -> dict:
+    @app.patch("/v1/vdis/{vdi}", response_model=VdiOut)
+    async def update_vdi(vdi: Reference, body: VdiUpdate, response: Response) -> dict:
         """Change the metadata of a VDI."""
         began = trio.current_time()
         mounted, found = host.find_vdi(vdi)
@@ -324,15 +340,15 @@ def _add_vdi_routes(app: FastAPI, host: Host) -> None:
         _timed(response, began)
         return _describe_vdi(host, found)
 
-    @app.delete("/v1/vdis/{vdi:path}", status_code=204)
-    async def delete_vdi(vdi: str, response: Response) -> None:
+    @app.delete("/v1/vdis/{vdi}", status_code=204)
+    async def delete_vdi(vdi: Reference, response: Response) -> None:
         """Delete a VDI that nobody is attached to."""
         began = trio.current_time()
         await host.delete_vdi(*host.find_vdi(vdi))
         _timed(response, began)
 
-    @app.post("/v1/vdis/{vdi:path}/resize", response_model=VdiOut)
-    async def resize_vdi(vdi: str, body: Resize, response: Response) -> dict:
+    @app.post("/v1/vdis/{vdi}/resize", response_model=VdiOut)
+    async def resize_vdi(vdi: Reference, body: Resize, response: Response) -> dict:
         """Grow a disk."""
         began = trio.current_time()
         mounted, found = host.find_vdi(vdi)
@@ -341,8 +357,8 @@ def _add_vdi_routes(app: FastAPI, host: Host) -> None:
         _timed(response, began)
         return _describe_vdi(host, found)
 
-    @app.post("/v1/vdis/{vdi:path}/attach", response_model=AttachOut)
-    async def attach_vdi(vdi: str, body: Attach) -> dict:
+    @app.post("/v1/vdis/{vdi}/attach", response_model=AttachOut)
+    async def attach_vdi(vdi: Reference, body: Attach) -> dict:
         """Attach for a host; the same client again changes nothing."""
         mounted, found = host.find_vdi(vdi)
         host.attach_host(mounted, found, body.client, body.writable)
@@ -351,16 +367,16 @@ def _add_vdi_routes(app: FastAPI, host: Host) -> None:
             "size_bytes": found.size_bytes,
         }  # fmt: skip
 
-    @app.post("/v1/vdis/{vdi:path}/detach", status_code=204)
-    async def detach_vdi(vdi: str, body: Detach) -> None:
+    @app.post("/v1/vdis/{vdi}/detach", status_code=204)
+    async def detach_vdi(vdi: Reference, body: Detach) -> None:
         """End what attach began; no error if nothing is attached."""
         mounted, found = host.find_vdi(vdi)
         host.detach_host(mounted, found, body.client)
 
 
 def _add_history_routes(app: FastAPI, host: Host) -> None:
-    @app.post("/v1/vdis/{vdi:path}/snapshot", response_model=VdiOut, status_code=201)
-    async def snapshot(vdi: str, response: Response, body: Descend | None = None) -> dict:
+    @app.post("/v1/vdis/{vdi}/snapshot", response_model=VdiOut, status_code=201)
+    async def snapshot(vdi: Reference, response: Response, body: Descend | None = None) -> dict:
         """Keep the content of a VDI as it is now, attached or not."""
         began = trio.current_time()
         mounted, found = host.find_vdi(vdi)
@@ -371,8 +387,8 @@ def _add_history_routes(app: FastAPI, host: Host) -> None:
         _timed(response, began)
         return _describe_vdi(host, new)
 
-    @app.post("/v1/vdis/{vdi:path}/clone", response_model=VdiOut, status_code=201)
-    async def clone(vdi: str, response: Response, body: Descend | None = None) -> dict:
+    @app.post("/v1/vdis/{vdi}/clone", response_model=VdiOut, status_code=201)
+    async def clone(vdi: Reference, response: Response, body: Descend | None = None) -> dict:
         """Make a disk with the content of a VDI."""
         began = trio.current_time()
         mounted, found = host.find_vdi(vdi)
@@ -384,8 +400,8 @@ def _add_history_routes(app: FastAPI, host: Host) -> None:
         _timed(response, began)
         return _describe_vdi(host, new)
 
-    @app.post("/v1/vdis/{vdi:path}/revert", response_model=RevertOut)
-    async def revert(vdi: str, response: Response, body: Revert | None = None) -> dict:
+    @app.post("/v1/vdis/{vdi}/revert", response_model=RevertOut)
+    async def revert(vdi: Reference, response: Response, body: Revert | None = None) -> dict:
         """Take the disk of this snapshot back to it; its uuid, location and name stay."""
         began = trio.current_time()
         mounted, snapshot = host.find_vdi(vdi)

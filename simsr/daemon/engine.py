@@ -45,7 +45,7 @@ class Engine:
         self._upkeep_threads = trio.CapacityLimiter(2)
         self._no_space: NoSpace | None = None
         store.log.on_roll = self.wake
-        self.flush_waits = self.cold_reads = 0
+        self.flush_waits = self.cold_reads = self.room_waits = 0
 
     def wake(self) -> None:
         """There may be upkeep to do."""
@@ -160,10 +160,11 @@ class Engine:
                 self.store.log.raise_if_stopped()
                 if self._no_space is not None:
                     raise self._no_space
+                self.room_waits += 1
                 await self._room.wait()
 
     def statistics(self) -> dict[str, int]:
-        return {"flush_waits": self.flush_waits, "cold_reads": self.cold_reads}
+        return {"flush_waits": self.flush_waits, "cold_reads": self.cold_reads, "room_waits": self.room_waits}
 
 
 class Disk:

@@ -55,6 +55,7 @@ class Mounted:
     repository: Repository
     engine: Engine
     scope: trio.CancelScope
+    stopped: trio.Event  # its tasks have ended, so nothing is under way in the store
 
 
 def _now() -> str:
@@ -121,8 +122,8 @@ class Host:
     async def _mount_found(self, path: str) -> None:
         try:
             store = await trio.to_thread.run_sync(Store.open, DiskDirectory(path))
-        except SimsrError as error:
-            log.error("SR not opened: %s. %s", error, error.hint)
+        except (SimsrError, OSError) as error:
+            log.error("SR not opened: %s. %s", error, getattr(error, "hint", ""))
             self.failed[path] = str(error)
             return
         recovered = store.recovered
@@ -135,7 +136,7 @@ class Host:
 
     async def _mount(self, store: Store) -> Mounted:
         repository = Repository(store, _now, _new_uuid)
-        mounted = Mounted(repository, Engine(store), trio.CancelScope())
+        mounted = Mounted(repository, Engine(store), trio.CancelScope(), trio.Event())
         await self._nursery.start(self._serve_engine, mounted)
         self.mounted[repository.uuid] = mounted
         for vdi in repository.vdis.values():
@@ -145,8 +146,11 @@ class Host:
 
     @staticmethod
     async def _serve_engine(mounted: Mounted, task_status: trio.TaskStatus) -> None:
-        with mounted.scope:
-            await mounted.engine.run(task_status)
+        try:
+            with mounted.scope:
+                await mounted.engine.run(task_status)
+        finally:
+            mounted.stopped.set()
 
     async def _close(self, mounted: Mounted) -> None:
         mounted.scope.cancel()
@@ -227,7 +231,9 @@ class Host:
             mounted.repository.check_deletable()
             del self.mounted[mounted.repository.uuid]
             mounted.scope.cancel()
-            await trio.to_thread.run_sync(self._remove_store, mounted.repository.store)
+            with trio.CancelScope(shield=True):
+                await mounted.stopped.wait()
+                await trio.to_thread.run_sync(self._remove_store, mounted.repository.store)
 
     def _remove_store(self, store: Store) -> None:
         store.abandon()

@@ -129,7 +129,8 @@ class Store:
         store = cls(directory, uuid, geometry, usage, SegmentPool(directory, geometry, uuid, usage))
         store.meta = meta or {}
         store.log = Log(store.pool, directory.path, Position(0, 1, layout.HEADER_BYTES, 0))
-        store.checkpoint()
+        for _ in range(2):  # both super blocks: each is the other's spare, and later none must be made on a full disk
+            store.checkpoint()
         store.log.roll()
         return store
 
@@ -226,7 +227,8 @@ class Store:
             elif record.kind == layout.COMMIT:
                 self._apply(_decode_ops(record.payload))
             segment.last_seq = record.seq
-        self.recovered = {"records_replayed": len(tail.records), "records_dropped": tail.dropped_records}
+        replayed = sum(record.kind != layout.MARK for _, record in tail.records)
+        self.recovered = {"records_replayed": replayed, "records_dropped": tail.dropped_records}
 
     def _settle(self, tail: Tail) -> None:
         """Make the recovered state a checkpoint of its own and go on in a fresh segment, so no torn tail is ever extended."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from daemon_tools import Simsrd, short_directory
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "nbd_export"))  # for nbd_wire
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ class Simsrd:
         self._environment = environment
         self._log_path = root.rstrip("/") + ".log"
         self.process: subprocess.Popen[bytes] | None = None
-        self.api: httpx.Client
+        self.api: httpx.Client | None = None
 
     @property
     def log(self) -> str:
@@ -120,8 +120,12 @@ class Simsrd:
 
     def end(self) -> None:
         """Make sure that it is gone, however."""
-        if self.process is not None and self.process.poll() is None:
-            self.kill()
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process.stdout.close()
+            if self.api is not None:
+                self.api.close()
         if os.path.exists(self._log_path):
             os.unlink(self._log_path)
 

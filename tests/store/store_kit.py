@@ -187,7 +187,10 @@ class Driver:
         """Take over a store that was just opened, as it is."""
         self.store = store
         self.jobs = []
-        self.bytes = {ident: bytearray(everything(volume)) for ident, volume in store.volumes.items()}
+        self.look()
+
+    def look(self) -> None:
+        self.bytes = {ident: bytearray(everything(volume)) for ident, volume in self.store.volumes.items()}
 
     def step(self) -> None:
         rng = self.rng
@@ -201,7 +204,7 @@ class Driver:
             action()
         except NoSpace:
             self.refused += 1
-            self.begin(self.store)
+            self.look()
 
     def pick(self) -> int:
         return self.rng.choice(sorted(self.bytes))
@@ -308,8 +311,9 @@ class Driver:
         if self.store.pool.wanted:
             self.store.pool.make_one()
 
-    def compare(self) -> None:
-        """The store shows what this driver thinks it must."""
-        assert set(self.store.volumes) == set(self.bytes)
+    def compare(self, store: Store | None = None) -> None:
+        """The store, or one that was opened again since, shows what this driver thinks it must."""
+        store = store or self.store
+        assert set(store.volumes) == set(self.bytes)
         for ident, held in self.bytes.items():
-            assert everything(self.store.volumes[ident]) == held, f"volume {ident} differs"
+            assert everything(store.volumes[ident]) == held, f"volume {ident} differs"

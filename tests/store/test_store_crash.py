@@ -9,22 +9,25 @@ from __future__ import annotations
 
 import random
 
-from store_kit import Driver, Kill, UUID, Witness, content, disk, make, put, TINY
+from store_kit import TINY, UUID, Driver, Kill, Witness, content, cut, disk, everything, make, put
 
 from simsr.errors import StoreDamaged, StoreFormat
-from simsr.store.memory import MemoryDirectory
+from simsr.store.layout import BLOCK
+from simsr.store.memory import SECTOR_BYTES, MemoryDirectory
+from simsr.store.segments import segment_name
 from simsr.store.store import Store
 
-HISTORIES = 220
+HISTORIES = 200
 STEPS_MAX = 45
-CHECKS_A_HISTORY = 24
+CHECKS_A_HISTORY = 18
 STYLES = ("none", "all", "some", "some", "some")
 
 
 class Crash:
-    """Runs one history and judges the survivors of its crashes."""
+    """Runs one history and judges the survivors of its crashes, at some of its steps or at all."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, every_step: bool = False) -> None:
+        self.every_step = every_step
         self.rng = random.Random(f"history {seed}")
         self.sampler = random.Random(f"samples {seed}")
         self.witness = Witness()
@@ -91,7 +94,8 @@ class Crash:
             if self.steps_to_kill < 0:
                 raise Kill(what)
         rare = not what.startswith("write seg")
-        if self.sampler.random() < (0.25 if rare else 0.08) and self.checks < CHECKS_A_HISTORY:
+        sampled = self.sampler.random() < (0.25 if rare else 0.08) and self.checks < CHECKS_A_HISTORY
+        if sampled or self.every_step:
             self.checks += 1
             self.judge(what)
 
@@ -169,3 +173,108 @@ def test_histories(seeds) -> None:
         crash.run()
         checks += crash.checks
     assert checks
+
+
+def test_every_step_of_a_few_histories(seeds) -> None:
+    for seed in seeds(2):
+        Crash(1000 + seed, every_step=True).run()
+
+
+def test_every_style_of_cut_at_every_step_of_a_revert() -> None:
+    """A revert with its automatic snapshot, then a deletion, each flushed: before or after, never in between."""
+    directory, store = make()
+    witness = Witness()
+    witness.attach(store)
+    disk(store, 8)
+    put(store.volumes[1], 0, content(1) * 3)
+    disk(store, 8, 1)
+    put(store.volumes[1], BLOCK, content(2) * 3)
+    store.flush()
+    driver = Driver(random.Random(0))
+    driver.begin(store)
+    seen: set[frozenset] = set()
+
+    def on_step(what: str) -> None:
+        survivors = [directory.after_kill(), cut(directory, "none"), cut(directory, "all")]
+        survivors += [directory.after_cut(random.Random(seed), "some") for seed in range(8)]
+        for survivor in survivors:
+            after = Store.open(survivor)
+            assert store.log.durable_seq <= after.log.seq <= store.log.seq
+            witness.compare(after)
+            seen.add(frozenset((ident, everything(volume)) for ident, volume in after.volumes.items()))
+
+    states = [frozenset((ident, everything(volume)) for ident, volume in store.volumes.items())]
+    directory.on_step = on_step
+    driver.rng = random.Random(3)
+    for action in (driver.reset, store.flush, driver.delete, store.flush, store.checkpoint, driver.create, store.flush):
+        action()
+        states.append(frozenset((ident, everything(volume)) for ident, volume in store.volumes.items()))
+    assert seen <= set(states) and len(seen) >= 3
+
+
+def test_record_that_was_being_written_when_the_process_died() -> None:
+    """The record area is a shared mapping: death in the middle of a copy leaves any first part of a record."""
+    directory, store = make()
+    volume = disk(store, 8)
+    put(volume, 0, content(1))
+    begin = store.log.active.record_end
+    put(volume, BLOCK, content(2))
+    end = store.log.active.record_end
+    name = segment_name(store.log.active.slot)
+    record = bytes(directory._files[name].now[begin:end])
+    for length in range(len(record)):
+        torn = directory.after_kill()
+        torn._files[name].now[begin:end] = record[:length].ljust(len(record), b"\0")
+        after = Store.open(torn)
+        whole = not any(record[length:])
+        assert after.log.seq == store.log.seq - (not whole), length
+        assert everything(after.volumes[1]) == (content(1) + content(2) * whole).ljust(8 * BLOCK, b"\0")
+
+
+def test_records_of_a_life_whose_header_was_lost_never_come_back() -> None:
+    """A cut may take the first sector of a segment and leave records behind it. The next life takes the same segment and
+    writes the same things; what stood behind them was never written by it, and must not look as if it was."""
+    directory, store = make()
+    disk(store, 16)
+    store.close()
+
+    def live(count: int) -> Store:
+        store = Store.open(directory)
+        for tag in range(count):
+            put(store.volumes[1], tag * BLOCK, content(tag + 1))
+        return store
+
+    first = live(16)
+    name = segment_name(first.log.active.slot)
+    header = bytes(directory._files[name].durable[:SECTOR_BYTES])
+    directory = cut(directory, "all")
+    for side in (directory._files[name].now, directory._files[name].durable):
+        side[:SECTOR_BYTES] = header
+    second = live(7)
+    assert segment_name(second.log.active.slot) == name
+    directory = directory.after_kill()
+    after = Store.open(directory)
+    assert after.log.seq == second.log.seq
+    assert everything(after.volumes[1]) == everything(second.volumes[1])
+
+
+def test_dropped_data_drops_all_records_behind_it() -> None:
+    """A record may reach the disk without its data. It and what follows are gone; the log goes on in another segment."""
+    directory, store = make()
+    volume = disk(store, 16)
+    store.flush()
+    slot, block = store.log.active.slot, store.log.active.used_blocks
+    for tag in range(5):
+        put(volume, tag * BLOCK, content(tag + 1))
+    directory = cut(directory, "all")
+    for side in (directory._files[segment_name(slot)].now, directory._files[segment_name(slot)].durable):
+        side[(block + 2) * BLOCK : (block + 2) * BLOCK + SECTOR_BYTES] = bytes(SECTOR_BYTES)
+    for _ in range(3):
+        store = Store.open(directory)
+        held = (content(1) + content(2)).ljust(16 * BLOCK, b"\0")
+        assert everything(store.volumes[1]) == held
+        assert store.log.active.slot != slot
+        store.abandon()
+    store = Store.open(directory)
+    put(store.volumes[1], 0, content(9))
+    assert everything(Store.open(directory.after_kill()).volumes[1]) == content(9) + held[BLOCK:]

@@ -1,0 +1,424 @@
+"""Checkpoints: what they write, what they keep, and that the log and every other change goes on beside them."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from store_kit import TINY, Driver, Kill, Witness, content, cut, disk, everything, make, put, zero
+
+from simsr.errors import StoreDamaged
+from simsr.store import checkpoint as ckpt
+from simsr.store.checkpoint import map_name
+from simsr.store.extent_map import Inner, Leaf
+from simsr.store.layout import BLOCK, Super
+from simsr.store.memory import MemoryDirectory
+from simsr.store.store import Create, Delete, Reset, Store
+
+
+def nodes_of(store: Store) -> dict[int, Inner | Leaf]:
+    found, stack = {}, [volume.map.root for volume in store.volumes.values() if volume.map.root]
+    while stack:
+        node = stack.pop()
+        if id(node) not in found:
+            found[id(node)] = node
+            if isinstance(node, Inner):
+                stack.extend(kid for kid in node.kids if kid is not None)
+    return found
+
+
+def map_files(directory: MemoryDirectory) -> dict[int, int]:
+    """Generation -> size of each map file."""
+    return {int(name[4:]): len(data) for name, data in directory.images() if name.startswith("map-")}
+
+
+def supers(directory: MemoryDirectory) -> dict[str, Super]:
+    return {name: Super.unpack(data) for name, data in directory.images() if name.startswith("super")}
+
+
+def newest(store: Store) -> int:
+    return store.statistics()["checkpoint_generation"]
+
+
+def fill(volume, first_tag: int, blocks: int = 64) -> None:
+    put(volume, 0, b"".join(content(first_tag + index) for index in range(blocks)))
+
+
+def test_sharing_survives_reloading():
+    directory, store = make()
+    origin = disk(store, 64)
+    fill(origin, 1)
+    copies = [disk(store, 64, origin.ident) for _ in range(5)]
+    for index, copy in enumerate(copies):
+        put(copy, index * 9 * BLOCK, content(1000 + index))
+    held = {ident: everything(volume) for ident, volume in store.volumes.items()}
+    nodes, live = len(nodes_of(store)), store.statistics()["live_bytes"]
+    store.close()
+    store = Store.open(directory)
+    assert store.recovered == {"records_replayed": 0, "records_dropped": 0}
+    assert len(nodes_of(store)) == nodes < 6 * 21 and store.statistics()["live_bytes"] == live
+    assert live == (64 + 5 * 4) * BLOCK, "each leaf counts what it names, whatever else names it"
+    assert {ident: everything(volume) for ident, volume in store.volumes.items()} == held
+    store._check()
+    put(store.volumes[origin.ident], 0, content(2000))
+    del held[origin.ident]
+    assert {ident: everything(store.volumes[ident]) for ident in held} == held, "a write shows in a copy"
+
+
+def test_second_checkpoint_writes_only_what_changed():
+    directory, store = make()
+    volume = disk(store, 1024)
+    fill(volume, 1, 1024)
+    store.checkpoint()
+    g = newest(store)
+    first = map_files(directory)[g]
+    put(volume, 500 * BLOCK, content(5))
+    store.checkpoint()
+    sizes = map_files(directory)
+    assert sizes[g] == first and sizes[g + 1] < first / 10
+    written = sum(node.home.file == g + 1 for node in nodes_of(store).values())
+    assert written == volume.map.height + 1, "exactly the path to the changed block"
+    store.checkpoint()
+    assert map_files(directory)[g + 2] < 200, "nothing changed: only the root table is written"
+    assert everything(Store.open(directory.after_kill()).volumes[1]) == everything(volume)
+
+
+def test_checkpoint_of_a_shared_tree_writes_each_node_once():
+    directory, store = make()
+    origin = disk(store, 256)
+    fill(origin, 1, 256)
+    store.checkpoint()
+    size = map_files(directory)[newest(store)]
+    for _ in range(20):
+        disk(store, 256, origin.ident)
+    fill(origin, 1000, 256)
+    store.checkpoint()
+    assert map_files(directory)[newest(store)] < size + 20 * 120
+
+
+def test_map_files_without_live_nodes_are_removed():
+    directory, store = make()
+    volume = disk(store, 64)
+    for round_ in range(6):
+        fill(volume, 100 * round_)
+        store.reap()
+        store.checkpoint()
+    generations = sorted(map_files(directory))
+    assert len(generations) == 2, "the current one, and the last one until the next checkpoint is durable"
+    assert generations[-1] == store.statistics()["checkpoint_generation"]
+    assert store.statistics()["map_bytes"] == sum(map_files(directory).values())
+
+
+def test_garbage_is_rewritten(monkeypatch):
+    monkeypatch.setattr(ckpt, "_REWRITE_MIN_BYTES", 0)
+    directory, store = make()
+    volume = disk(store, 256)
+    fill(volume, 1, 256)
+    store.checkpoint()
+    most = 0
+    for round_ in range(60):
+        put(volume, (round_ % 64) * 4 * BLOCK, content(1000 + round_))
+        store.checkpoint()
+        store.reap()
+        most = max(most, len(map_files(directory)))
+    sizes = map_files(directory)
+    assert sum(sizes.values()) < 3 * sum(store.usage.bytes_at_home.values()) + 2000
+    assert most < 62 and min(sizes) > 2, "the first map file is never given up"
+    held = everything(volume)
+    store._check()
+    store = Store.open(directory.after_kill())
+    assert everything(store.volumes[1]) == held
+    store._check()
+
+
+def test_rewrite_keeps_what_changes_meanwhile(monkeypatch):
+    monkeypatch.setattr(ckpt, "wants_rewrite", lambda usage, size: True)
+    directory, store = make()
+    volume = disk(store, 64)
+    fill(volume, 1)
+    store.checkpoint()
+    snapshot = disk(store, 64, volume.ident)
+    job = store.begin_checkpoint()
+    fill(volume, 500, 30)
+    store.run_checkpoint(job)
+    fill(volume, 700, 10)
+    store.end_checkpoint(job)
+    held = everything(volume), everything(snapshot)
+    store._check()
+    for _ in range(2):
+        store = Store.open(directory.after_kill())
+        assert (everything(store.volumes[1]), everything(store.volumes[2])) == held
+        store._check()
+        store.checkpoint()
+        store.close()
+
+
+def test_super_blocks_alternate_and_the_newest_is_never_written_over():
+    directory, store = make()
+    witness: list[tuple[str, int]] = []
+    current = {name: block.generation for name, block in supers(directory).items()}
+
+    def on_step(what: str) -> None:
+        if what.startswith("write super"):
+            name = what.split()[1]
+            newest = max(current, key=current.__getitem__)
+            assert name != newest, f"{what}: generations {current}"
+            witness.append((name, current.get(name, 0)))
+        found = supers(directory)
+        current.update({name: block.generation for name, block in found.items() if block is not None})
+
+    directory.on_step = on_step
+    volume = disk(store, 8)
+    for tag in range(5):
+        put(volume, 0, content(tag))
+        store.checkpoint()
+    assert len(witness) == 5
+    store.close()
+
+
+@pytest.mark.parametrize("stop_at", ["create map", "write map", "sync map", "write super", "sync super"])
+def test_checkpoint_that_was_killed_leaves_the_newest_super_block_alone(stop_at):
+    """Also when the next process, which finds a map file without a super block, writes its own."""
+    directory, store = make()
+    put(disk(store, 8), 0, content(1))
+    store.checkpoint()
+
+    def on_step(what: str) -> None:
+        if what.startswith(stop_at):
+            raise Kill
+
+    directory.on_step = on_step
+    put(store.volumes[1], 0, content(2))
+    with pytest.raises(Kill):
+        store.checkpoint()
+    directory = directory.after_kill()
+    found = {name: block.generation for name, block in supers(directory).items() if block is not None}
+    newest = max(found, key=found.__getitem__)
+    written: list[str] = []
+    directory.on_step = lambda what: written.append(what.split()[1]) if what.startswith("write super") else None
+    store = Store.open(directory)
+    assert len(written) == 1 and written[0] != newest
+    assert everything(store.volumes[1])[:BLOCK] == content(2)
+
+
+def test_recovery_keeps_every_file_of_the_checkpoint_it_started_from():
+    """Replay changes every node of the checkpoint; its files are still what a crash before the next one goes back to."""
+    directory, store = make()
+    volume = disk(store, 64)
+    fill(volume, 1)
+    store.checkpoint()
+    fill(volume, 100)
+    held = everything(volume)
+    directory = directory.after_kill()
+    removed: list[str] = []
+    super_written = False
+
+    def on_step(what: str) -> None:
+        nonlocal super_written
+        super_written |= what.startswith("sync super")
+        if what.startswith("remove"):
+            removed.append(what)
+        if what.startswith("write super"):
+            assert everything(Store.open(directory.after_kill()).volumes[1]) == held
+            assert everything(Store.open(cut(directory, "all")).volumes[1]) == held
+
+    directory.on_step = on_step
+    Store.open(directory)
+    assert super_written
+
+
+def test_super_block_of_a_killed_process_is_made_durable_before_it_is_relied_on():
+    """It was written, not synced; the power may still fail after the next process removed what the older one needs."""
+    directory, store = make()
+    volume = disk(store, 64)
+    fill(volume, 1)
+    store.checkpoint()
+    fill(volume, 100)
+    store.reap()
+
+    def on_step(what: str) -> None:
+        if what.startswith("sync super"):
+            raise Kill
+
+    directory.on_step = on_step
+    with pytest.raises(Kill):
+        store.checkpoint()
+    directory = directory.after_kill()
+    held = everything(volume)
+
+    def on_recovery(what: str) -> None:
+        for style in ("none", "all", "some"):
+            assert everything(Store.open(cut(directory, style)).volumes[1]) == held, what
+
+    directory.on_step = on_recovery
+    Store.open(directory)
+
+
+@pytest.mark.parametrize("between", ["begin and run", "run and end"])
+def test_everything_goes_on_beside_a_checkpoint(between, seeds, note):
+    """Writes, snapshots, reverts, deletions, reaping and flushes between its parts; killed and cut at once afterwards."""
+    for seed in seeds(30):
+        rng = random.Random(seed)
+        directory, store = make()
+        witness = Witness()
+        witness.states[0] = {}
+        witness.attach(store)
+        driver = Driver(rng)
+        driver.begin(store)
+        driver.begin_job = driver.end_job = driver.checkpoint = lambda: None
+        for _ in range(15):
+            driver.step()
+        with note(seed=seed):
+            for _ in range(4):
+                job = store.begin_checkpoint()
+                if between == "run and end":
+                    store.run_checkpoint(job)
+                for _ in range(8):
+                    driver.step()
+                    store._check()
+                if between == "begin and run":
+                    store.run_checkpoint(job)
+                look_at_survivors(directory, store, witness)
+                store.end_checkpoint(job)
+                store._check()
+                look_at_survivors(directory, store, witness)
+            driver.compare()
+
+
+def look_at_survivors(directory: MemoryDirectory, store: Store, witness: Witness) -> None:
+    after = Store.open(directory.after_kill())
+    assert after.log.seq == store.log.seq
+    witness.compare(after)
+    after._check()
+    for style in ("none", "some"):
+        after = Store.open(cut(directory, style))
+        assert store.log.durable_seq <= after.log.seq <= store.log.seq
+        witness.compare(after)
+        after._check()
+
+
+def test_only_one_checkpoint_at_a_time():
+    _, store = make()
+    job = store.begin_checkpoint()
+    with pytest.raises(AssertionError, match="under way already"):
+        store.begin_checkpoint()
+    store.run_checkpoint(job)
+    store.end_checkpoint(job)
+    store.checkpoint()
+
+
+def test_checkpoint_counts_as_a_flush():
+    directory, store = make()
+    volume = disk(store, 8)
+    put(volume, 0, content(1))
+    store.checkpoint()
+    assert store.log.durable_seq >= store.log.flush_needed_seq
+    assert everything(Store.open(cut(directory)).volumes[1]) == everything(volume)
+
+
+def test_all_kinds_of_nodes():
+    """Dense and sparse leaves, empty ones, inner nodes with few kids: at every fan-out."""
+    for bits in (1, 2, 5, 9):
+        directory, store = make(geometry=type(TINY)(256, 8, bits))
+        volume = disk(store, 3000)
+        fill(volume, 1, 700)
+        put(volume, 1500 * BLOCK, content(1))
+        put(volume, 2999 * BLOCK, content(2))
+        put(volume, 2000 * BLOCK, content(3))
+        zero(volume, 2000 * BLOCK, BLOCK)
+        disk(store, 10)
+        held = everything(volume)
+        store.close()
+        store = Store.open(directory)
+        assert everything(store.volumes[1]) == held and store.volumes[1].mapped_bytes == 702 * BLOCK
+        store._check()
+
+
+def test_recovery_replays_only_what_came_after():
+    directory, store = make()
+    volume = disk(store, 64)
+    fill(volume, 1)
+    store.checkpoint()
+    store.flush()
+    for tag in range(5):
+        put(volume, 0, content(tag))
+    assert Store.open(directory.after_kill()).recovered == {"records_replayed": 5, "records_dropped": 0}
+    store.close()
+    assert Store.open(directory).recovered == {"records_replayed": 0, "records_dropped": 0}
+
+
+def test_deleted_and_reverted_trees_leave_the_map_files():
+    directory, store = make()
+    origin = disk(store, 256)
+    fill(origin, 1, 256)
+    other = disk(store, 256)
+    fill(other, 1000, 256)
+    store.checkpoint()
+    g = newest(store)
+    store.commit([Reset(other.ident, origin.ident)])
+    store.commit([Delete(origin.ident)])
+    store.reap()
+    store.checkpoint()
+    store.checkpoint()
+    assert store.usage.bytes_at_home[g] < map_files(directory)[g] * 0.6
+    held = everything(other)
+    store = Store.open(directory.after_kill())
+    assert everything(store.volumes[other.ident]) == held and set(store.volumes) == {other.ident}
+    store._check()
+
+
+def test_clean_store_is_not_checkpointed_again():
+    directory, store = make()
+    disk(store, 8)
+    store.close()
+    store = Store.open(directory)
+    steps: list[str] = []
+    directory.on_step = steps.append
+    store.close()
+    assert steps == []
+
+
+def test_wants_checkpoint(monkeypatch):
+    from simsr.store import store as module
+
+    monkeypatch.setattr(module, "CHECKPOINT_LOG_BYTES", 20 * BLOCK)
+    monkeypatch.setattr(module, "CHECKPOINT_RECORDS", 10)
+    _, store = make()
+    volume = disk(store, 64)
+    assert not store.wants_checkpoint
+    fill(volume, 1, 20)
+    assert store.wants_checkpoint
+    store.checkpoint()
+    assert not store.wants_checkpoint
+    for _ in range(9):
+        zero(volume, 0, BLOCK)
+    assert store.wants_checkpoint
+
+
+def test_damaged_node_names_file_and_offset():
+    directory, store = make()
+    fill(disk(store, 64), 1)
+    store.close()
+    home = store.volumes[1].map.root.home
+    once = directory.after_kill()
+    store = Store.open(directory)
+    store.close()
+    for damaged in (once, directory):
+        damaged.flip(map_name(home.file), home.offset + 3)
+    held = everything(store.volumes[1])
+    assert everything(Store.open(once).volumes[1]) == held, "the checkpoint before and the log give the same"
+    with pytest.raises(StoreDamaged, match=f"map node at offset {home.offset} of {map_name(home.file)} cannot be used"):
+        Store.open(directory)
+
+
+def test_ident_of_a_deleted_volume_is_not_given_again():
+    directory, store = make()
+    volume = disk(store, 8)
+    ident = disk(store, 8, volume.ident).ident
+    store.commit([Delete(ident)])
+    store.close()
+    store = Store.open(directory)
+    assert store.new_ident() > ident
+    store.commit([Create(store.new_ident(), BLOCK, {})])
+    last = max(store.volumes)
+    assert Store.open(directory.after_kill()).new_ident() > last
