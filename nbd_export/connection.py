@@ -106,7 +106,8 @@ class Connection:
             return
         self._negotiated = negotiated
         self._size_bytes = negotiated.export.size_bytes
-        self._parser = RequestParser(0 if negotiated.export.read_only else self._size_bytes)
+        self._writable_bytes = 0 if negotiated.export.read_only else self._size_bytes
+        self._parser = RequestParser(self._writable_bytes)
         self._parser.feed(self._leftover)
         self._structured = negotiated.structured_replies
         self._disk = disks.attach(negotiated.export.name, self._client)
@@ -160,7 +161,8 @@ class Connection:
         if now - self._turn_began_ns > _TURN_MAX_NS:
             await trio.lowlevel.checkpoint()
             self._turn_began_ns = now = perf_counter_ns()
-        deadline = now + self._spin_ns if self._server.may_spin(self, now) else 0
+        may_spin = self._server.may_spin(self, now) and not self._flush_task_runs  # which could not run meanwhile
+        deadline = now + self._spin_ns if may_spin else 0
         while True:
             try:
                 count = self.sock.recv_into(space)
@@ -212,11 +214,16 @@ class Connection:
         written: list[Request] = []
         flushes: list[Request] = []
         answers: list[bytes] = []
-        size, going_on = self._size_bytes, True
+        size, writable, going_on = self._size_bytes, self._writable_bytes, True
         for request in batch:
             command, flags, _, offset, length, payload, _ = request
             if command == c.NBD_CMD_READ and not flags and 0 < length <= c.MAX_REQUEST_BYTES and offset + length <= size:
                 reads.append(request)
+            elif command == c.NBD_CMD_WRITE and not flags and offset + length <= writable:
+                writes.append((offset, length, payload))
+                written.append(request)
+            elif command == c.NBD_CMD_FLUSH and not flags:
+                flushes.append(request)
             elif command == c.NBD_CMD_DISC:
                 going_on = False
                 break
@@ -296,6 +303,7 @@ class Connection:
             await work(*arguments)
         except ConnectionError as error:
             log.info("%s: gone before its answer: %s", self._client, error)
+            self._nursery.cancel_scope.cancel()  # whatever it still asked for, nobody waits for the answers
 
     def _error(self, request: Request, error: int, text: str) -> bytes:
         if self._structured and request.command in (c.NBD_CMD_READ, c.NBD_CMD_BLOCK_STATUS):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 import sys
 from array import array
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from crc32c import crc32c
 
@@ -211,21 +211,13 @@ def unpack_record(area: memoryview, offset: int, salt: int) -> Record | None:
     return Record(kind, seq, durable, prev, volume, data_block, body[RECORD_BYTES:], crc, size)
 
 
-def pack_extents(extents: list[int], crcs: list[int]) -> bytes:
+def pack_extents(extents: list[int], crcs: array) -> bytes:
     """The payload of an EXTENTS record: counts, extents (`START_SHIFT`, `HOLE`), one CRC-32C for each data block."""
-    return struct.pack("<II", len(extents), len(crcs)) + array("Q", extents).tobytes() + array("I", crcs).tobytes()
+    return struct.pack("<II", len(extents), len(crcs)) + array("Q", extents).tobytes() + crcs.tobytes()
 
 
-def unpack_extents(payload: bytes) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def unpack_extents(payload: bytes) -> tuple[array, array]:
+    """The extents and the checksums of an EXTENTS record."""
     n_extents, n_crcs = struct.unpack_from("<II", payload)
-    extents = struct.unpack_from(f"<{n_extents}Q", payload, 8)
-    return extents, struct.unpack_from(f"<{n_crcs}I", payload, 8 + 8 * n_extents)
-
-
-def extents_bytes(n_extents: int, n_crcs: int) -> int:
-    """Size of the record that these need, padding included."""
-    return (RECORD_BYTES + 8 + 8 * n_extents + 4 * n_crcs + RECORD_UNIT - 1) // RECORD_UNIT * RECORD_UNIT
-
-
-def with_generation(block: Super, generation: int) -> Super:
-    return replace(block, generation=generation)
+    middle = 8 + 8 * n_extents
+    return array("Q", payload[8:middle]), array("I", payload[middle : middle + 4 * n_crcs])

@@ -29,6 +29,7 @@ __all__ = ["Volume", "ReadJob", "Write", "Fetched"]
 
 _BLOCK_SHIFT = 12
 _BLOCK_MASK = BLOCK - 1
+_ZERO_CRC_BYTES = ZERO_CRC.to_bytes(4, "little")
 _VECTOR_MIN = 8  # from this many blocks on numpy beats a loop
 
 Write = tuple[int, int, memoryview | None]
@@ -100,6 +101,8 @@ class Volume:
         self._shift = pool.geometry.segment_shift
         self._block_mask = pool.geometry.segment_blocks - 1
         self.map = ExtentMap(usage, pool.geometry.fanout_bits)
+        self._cut_view: memoryview | None = None
+        self._cut: list[memoryview] = []
         self.size_bytes = 0
         self.resize(size_bytes)
 
@@ -139,7 +142,7 @@ class Volume:
         by_slot, shift, block_mask = self._pool.by_slot, self._shift, self._block_mask
         for index, (offset, view) in enumerate(batch):
             if len(view) != BLOCK or offset & _BLOCK_MASK:
-                if not self._read_long(offset, view):
+                if not (self._read_run(offset, view) or self._read_long(offset, view)):
                     cold.append(index)
                 continue
             block = offset >> _BLOCK_SHIFT
@@ -171,6 +174,34 @@ class Volume:
             finally:
                 job.release()
         return bytes(data)
+
+    def _read_run(self, offset: int, view: memoryview) -> bool:
+        """Read whole blocks of one leaf that lie one after the other: the usual case, at a third of the cost."""
+        block, mask = offset >> _BLOCK_SHIFT, self.map.fanout - 1
+        count, index = len(view) >> _BLOCK_SHIFT, block & mask
+        if not count or (offset | len(view)) & _BLOCK_MASK or index + count > mask + 1:
+            return False
+        number = block >> self.map.bits
+        slots = self.map.cache.get(number) or self.map.slots_at(number)
+        if slots is None:
+            return False
+        halves = memoryview(slots).cast("B").cast("I")[2 * index : 2 * (index + count)].tolist()
+        physical, wanted = halves[::2], halves[1::2]
+        first = physical[0]
+        if not first or physical != list(range(first, first + count)):
+            return False
+        file = self._pool.by_slot[first >> self._shift].file
+        if not file.read_cached(view, (first & self._block_mask) << _BLOCK_SHIFT):
+            return False
+        if list(map(crc32c, self._blocks_of(view))) != wanted:
+            self._verify(view, np.frombuffer(slots[index : index + count], dtype=np.uint64), offset)
+        return True
+
+    def _blocks_of(self, view: memoryview) -> list[memoryview]:
+        """``view`` cut into blocks; remembered, because a connection reads into the same buffer again and again."""
+        if self._cut_view is not view:
+            self._cut_view, self._cut = view, [view[at : at + BLOCK] for at in range(0, len(view), BLOCK)]
+        return self._cut
 
     def _read_long(self, offset: int, view: memoryview) -> bool:
         start = offset & ~_BLOCK_MASK
@@ -349,7 +380,7 @@ class Volume:
                 gather.add_blocks(middle >> _BLOCK_SHIFT, view[middle - offset : middle_end - offset])
         return True
 
-    def apply(self, extents: Sequence[int], crcs: Sequence[int], physical: int) -> None:
+    def apply(self, extents: Sequence[int], crcs: array, physical: int) -> None:
         """Bring the map up to a record: data blocks lie from ``physical`` on. Also what replay does."""
         if crcs:
             self._usage.live[physical >> self._shift] += len(crcs)
@@ -377,9 +408,9 @@ class Volume:
                 self._apply_run(block, crcs[taken : taken + count], physical + taken)
                 taken += count
 
-    def _apply_run(self, block: int, crcs: Sequence[int], physical: int) -> None:
+    def _apply_run(self, block: int, crcs: array, physical: int) -> None:
         owned, bits, mask = self.map.owned, self.map.bits, self.map.fanout - 1
-        entries = np.frombuffer(array("I", crcs), dtype=np.uint32).astype(np.uint64) << 32
+        entries = np.frombuffer(crcs, dtype=np.uint32).astype(np.uint64) << 32
         entries |= np.arange(physical, physical + len(crcs), dtype=np.uint64)
         done = 0
         while done < len(crcs):
@@ -413,7 +444,7 @@ class _Gather:
 
     def _reset(self) -> None:
         self.extents: list[int] = []
-        self.crcs: list[int] = []
+        self.crcs = array("I")
         self.views: list[memoryview] = []
         self.blocks_left, record_bytes = self.volume._log.room()
         self.bytes_left = min(record_bytes, layout.MAX_RECORD_BYTES) - layout.RECORD_BYTES - 16
@@ -448,20 +479,19 @@ class _Gather:
         self.bytes_left -= 12
 
     def add_blocks(self, block: int, view: memoryview) -> None:
-        crcs = list(map(crc32c, [view[at : at + BLOCK] for at in range(0, len(view), BLOCK)]))
+        crcs = array("I", map(crc32c, [view[at : at + BLOCK] for at in range(0, len(view), BLOCK)]))
+        if _ZERO_CRC_BYTES not in crcs.tobytes():
+            self._add_run(block, crcs, view)
+            return
         begin = 0
-        while ZERO_CRC in crcs[begin:]:
-            index = crcs.index(ZERO_CRC, begin)
-            self._add_run(block + begin, crcs[begin:index], view[begin * BLOCK : index * BLOCK])
-            end = index + 1
-            while end < len(crcs) and crcs[end] == ZERO_CRC:
-                end += 1
-            for zero in range(index, end):
-                self.add_block(block + zero, view[zero * BLOCK : (zero + 1) * BLOCK])
-            begin = end
+        for index, crc in enumerate(crcs):
+            if crc == ZERO_CRC:
+                self._add_run(block + begin, crcs[begin:index], view[begin * BLOCK : index * BLOCK])
+                self.add_block(block + index, view[index * BLOCK : (index + 1) * BLOCK])
+                begin = index + 1
         self._add_run(block + begin, crcs[begin:], view[begin * BLOCK :])
 
-    def _add_run(self, block: int, crcs: list[int], view: memoryview) -> None:
+    def _add_run(self, block: int, crcs: array, view: memoryview) -> None:
         done = 0
         while done < len(crcs):
             self._make_room(1)

@@ -157,8 +157,15 @@ class Simsrd:
         with open(f"/proc/{self.pid}/status") as status:
             return int(re.search(r"VmRSS:\s+(\d+) kB", status.read())[1]) << 10
 
-    def fds(self) -> int:
-        return len(os.listdir(f"/proc/{self.pid}/fd"))
+    def fds(self, kind: str = "") -> int:
+        """How many descriptors it has open; ``kind`` may be "socket"."""
+        count, folder = 0, f"/proc/{self.pid}/fd"
+        for fd in os.listdir(folder):
+            try:
+                count += os.readlink(f"{folder}/{fd}").startswith(kind)
+            except FileNotFoundError:  # closed meanwhile
+                pass
+        return count
 
     def connections(self) -> int:
         return self.get("/v1/daemon")["statistics"]["nbd"]["connections"]
