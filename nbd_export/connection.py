@@ -17,7 +17,9 @@ from __future__ import annotations
 import errno
 import logging
 import socket
+from collections import deque
 from collections.abc import Awaitable, Callable
+from functools import partial
 from time import perf_counter_ns
 from typing import Protocol
 
@@ -83,14 +85,14 @@ class Connection:
         self.sock = sock
         self._client = client
         self._out = lazy_buffer(_OUT_BYTES)
-        self._send_lock = trio.Lock()
+        self._unsent: deque[bytes | memoryview] = deque()  # not empty: some task is in `_drain`
+        self._drained = trio.Event()
         self._slow = trio.Semaphore(_SLOW_MAX)
         self._whole = trio.Lock()  # cold reads too long to be cut into pieces: one at a time, for their memory
         self._spin_ns = _SPIN_MIN_NS
         self._turn_began_ns = 0
-        self._flushes_waiting: list[Request] = []
-        self._flush_task_runs = False
-        self._flush_begun = trio.Event()
+        self._flushes = 0  # requests that wait for a flush
+        self._flush_ended = trio.Event()
         self._failed: dict[int, Exception] = {}  # cookies of writes in pieces of which one failed
         self._leftover = b""
         self._parser: RequestParser
@@ -115,6 +117,7 @@ class Connection:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 await self._transmit()
+                await self._until_flushes(0)
         finally:
             self._disk.detach()
 
@@ -161,7 +164,7 @@ class Connection:
         if now - self._turn_began_ns > _TURN_MAX_NS:
             await trio.lowlevel.checkpoint()
             self._turn_began_ns = now = perf_counter_ns()
-        may_spin = self._server.may_spin(self, now) and not self._flush_task_runs  # which could not run meanwhile
+        may_spin = self._server.may_spin(self, now) and not self._flushes  # whose end would go unnoticed meanwhile
         deadline = now + self._spin_ns if may_spin else 0
         while True:
             try:
@@ -182,28 +185,47 @@ class Connection:
             return count > 0
 
     async def _send(self, data: bytes | memoryview) -> None:
-        """Send all of ``data``, not mixed with what other tasks send."""
-        lock = self._send_lock
-        if lock.locked():
-            await lock.acquire()
-        else:
-            try:
-                sent = self.sock.send(data)
-            except BlockingIOError:
-                sent = 0
-            if sent == len(data):
-                return
-            data = memoryview(data)[sent:]
-            lock.acquire_nowait()
+        """Send all of ``data``, not mixed with what others send; waits until the client has taken it."""
+        if self._unsent:
+            self._unsent.append(data)
+            await self._drained.wait()
+        elif rest := self._send_now(data):
+            self._unsent.append(rest)
+            await self._drain()
+
+    def _send_now(self, data: bytes | memoryview) -> bytes | memoryview:
+        """Send what can be sent without waiting; returns the rest."""
         try:
-            while data:
+            sent = self.sock.send(data)
+        except BlockingIOError:
+            return data
+        return b"" if sent == len(data) else memoryview(data)[sent:]
+
+    def _post(self, data: bytes) -> None:
+        """`_send` for callers that cannot wait. Never raises: if the client is gone, its task will notice."""
+        try:
+            if self._unsent:
+                self._unsent.append(data)
+            elif rest := self._send_now(data):
+                self._unsent.append(rest)
+                self._nursery.start_soon(self._slow_task, self._drain)
+        except OSError as error:
+            log.info("%s: gone before its answer: %s", self._client, error)
+
+    async def _drain(self) -> None:
+        """Send what waits. Only one task does, the one that found the queue empty."""
+        unsent = self._unsent
+        try:
+            while unsent:
                 await trio.lowlevel.wait_writable(self.sock)
-                try:
-                    data = memoryview(data)[self.sock.send(data) :]
-                except BlockingIOError:
-                    pass
+                if rest := self._send_now(unsent[0]):
+                    unsent[0] = rest
+                else:
+                    unsent.popleft()
         finally:
-            lock.release()
+            unsent.clear()
+            self._drained.set()
+            self._drained = trio.Event()
 
     # Requests.
 
@@ -258,8 +280,8 @@ class Connection:
             await self._send(answers[0] if len(answers) == 1 else b"".join(answers))
         if reads:
             await self._read(reads)
-        if len(self._flushes_waiting) > _FLUSHES_MAX:
-            await self._flush_begun.wait()
+        if self._flushes > _FLUSHES_MAX:
+            await self._until_flushes(_FLUSHES_MAX)
         return going_on
 
     def _problem(self, request: Request) -> tuple[int, str] | None:
@@ -357,33 +379,27 @@ class Connection:
                 answers.append(pack(magic, 0, request.cookie))
 
     def _flush(self, requests: list[Request], answers: list[bytes]) -> None:
-        """Answer at once if everything is durable; else leave it to the flushing task, which serves all that wait."""
+        """Answer at once if everything is durable; else when it is, without a task that would have to be woken for that."""
         if self._disk.is_durable():
             answers += [SIMPLE_REPLY.pack(c.NBD_SIMPLE_REPLY_MAGIC, 0, request.cookie) for request in requests]
             return
-        if not self._flushes_waiting and not self._flush_task_runs:
-            self._flush_task_runs = True
-            self._nursery.start_soon(self._slow_task, self._answer_flushes)
-        self._flushes_waiting += requests
+        self._flushes += len(requests)
+        self._disk.flush_soon(partial(self._flushed, requests))
 
-    async def _answer_flushes(self) -> None:
-        try:
-            while self._flushes_waiting:
-                requests, self._flushes_waiting = self._flushes_waiting, []
-                self._flush_begun.set()
-                self._flush_begun = trio.Event()
-                try:
-                    await self._disk.flush()
-                except Exception as error:
-                    if not _is_answer(error):
-                        raise
-                    await self._send(b"".join(self._failure(request, error) for request in requests))
-                else:
-                    done = [SIMPLE_REPLY.pack(c.NBD_SIMPLE_REPLY_MAGIC, 0, request.cookie) for request in requests]
-                    await self._send(b"".join(done))
-        finally:
-            self._flush_task_runs = False
-            self._flush_begun.set()
+    def _flushed(self, requests: list[Request], error: Exception | None) -> None:
+        if error is not None:
+            answers = [self._failure(request, error) for request in requests]
+        else:
+            answers = [SIMPLE_REPLY.pack(c.NBD_SIMPLE_REPLY_MAGIC, 0, request.cookie) for request in requests]
+        self._flushes -= len(requests)
+        self._flush_ended.set()
+        self._post(b"".join(answers))
+
+    async def _until_flushes(self, most: int) -> None:
+        """Wait until no more than ``most`` requests wait for a flush."""
+        while self._flushes > most:
+            self._flush_ended = trio.Event()
+            await self._flush_ended.wait()
 
     # Reading.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from nbd_export.handshake import Exports
@@ -32,10 +32,10 @@ class Disk(Protocol):
         """Write ``batch[start:]``, waiting where that is needed."""
 
     def is_durable(self) -> bool:
-        """Whether `flush` has nothing to do."""
+        """Whether a flush has nothing to do."""
 
-    async def flush(self) -> None:
-        """Make every write answered so far durable."""
+    def flush_soon(self, done: Callable[[Exception | None], None]) -> None:
+        """Call ``done`` when every write answered so far is durable, or with the error; perhaps at once. It must not raise."""
 
     async def prefetch(self, offset: int, length: int) -> None:
         """Bring a range into memory."""

@@ -93,7 +93,7 @@ def test_exit_codes_are_unique():
 
 def test_the_numbers_that_revert_depends_on():
     """xapi's VM.revert goes on, stops or clones by these."""
-    faults = {name: getattr(errors, name).sm_fault for name in ("VdiInUse", "NotFound", "NoSpace", "DaemonUnreachable", "StoreError")}
-    assert faults == {"VdiInUse": 24, "NotFound": 144, "NoSpace": 44, "DaemonUnreachable": 47, "StoreError": 200}
+    faults = {"VdiInUse": 24, "NotFound": 144, "NoSpace": 44, "DaemonUnreachable": 47, "StoreError": 200}
+    assert {name: getattr(errors, name).sm_fault for name in faults} == faults
     assert errors.ShrinkRefused.sm_fault == errors.BadSize.sm_fault == 79
     assert errors.SrNotEmpty.sm_fault == 39

@@ -406,7 +406,7 @@ def _add_history_routes(app: FastAPI, host: Host) -> None:
         began = trio.current_time()
         mounted, snapshot = host.find_vdi(vdi)
         target = body.target if body else None
-        disk = mounted.repository.vdis.get(target or snapshot.snapshot_of or "", snapshot)
+        disk = mounted.repository.vdis.get((target or snapshot.snapshot_of or "").lower(), snapshot)
         result = await host.when_unused(disk, lambda: mounted.repository.revert(snapshot, target))
         await mounted.engine.flush()
         mounted.engine.wake()

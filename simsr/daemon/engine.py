@@ -11,12 +11,15 @@ All changes of the store happen on trio's thread, so between two awaits nothing 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 
 import trio
+from outcome import Outcome
 
 from simsr.errors import NoSpace, StoreStopped
+from simsr.store.log import FlushJob
 from simsr.store.store import Store
 from simsr.store.volume import Fetched, Volume, Write
 
@@ -37,7 +40,8 @@ class Engine:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self._flushing: trio.Event | None = None
+        self._flush_job: FlushJob | None = None
+        self._flush_waiters: list[tuple[int, Callable[[Exception | None], None]]] = []
         self._upkeep = trio.Event()
         self._spares_wanted = trio.Event()
         self._room = trio.Condition()
@@ -61,32 +65,78 @@ class Engine:
 
     async def flush(self) -> None:
         """Make everything written before this call durable. Raises `StoreStopped`."""
-        log_ = self.store.log
-        log_.raise_if_stopped()
-        wanted = log_.flush_needed_seq
-        while log_.durable_seq < wanted:
-            self.flush_waits += 1
-            if self._flushing is not None:
-                await self._flushing.wait()
-                log_.raise_if_stopped()
-            else:
-                with trio.CancelScope(shield=True):
-                    await self._flush_now()
+        ended = trio.Event()
+        errors: list[Exception | None] = []
 
-    async def _flush_now(self) -> None:
-        job = self.store.begin_flush()
-        if job is None:
+        def done(error: Exception | None) -> None:
+            errors.append(error)
+            ended.set()
+
+        self.flush_soon(done)
+        await ended.wait()
+        if errors[0] is not None:
+            raise errors[0]
+
+    def flush_soon(self, done: Callable[[Exception | None], None]) -> None:
+        """Call ``done`` on trio's thread when everything written before is durable, or with the error.
+
+        ``done`` must not raise. One sync serves all who asked before it began; the next one begins when it ends. No task is
+        involved: a hand-over between tasks costs as much as a sync of a fast disk.
+        """
+        log_ = self.store.log
+        if self.is_durable():
+            done(None)
             return
-        self._flushing = trio.Event()
+        self.flush_waits += 1
+        self._flush_waiters.append((log_.flush_needed_seq, done))
+        if self._flush_job is None:
+            self._begin_flush()
+
+    def _begin_flush(self) -> None:
         try:
-            await trio.to_thread.run_sync(job.run)
-        except OSError as error:
+            job = self.store.begin_flush()
+        except StoreStopped as error:
+            self._answer_waiters(error)
+            return
+        if job is None:
+            self._answer_waiters(None)
+            return
+        self._flush_job = job
+        token = trio.lowlevel.current_trio_token()
+
+        def deliver(result: Outcome) -> None:
+            with contextlib.suppress(trio.RunFinishedError):
+                token.run_sync_soon(self._flush_ended, job, result)
+
+        trio.lowlevel.start_thread_soon(job.run, deliver, "simsr flush")
+
+    def _flush_ended(self, job: FlushJob, result: Outcome) -> None:
+        self._flush_job = None
+        error = getattr(result, "error", None)
+        try:
             self.store.end_flush(job, error)
+        except StoreStopped as stopped:
+            log.error("%s. %s", stopped, stopped.hint)
+            self._answer_waiters(stopped)
         else:
-            self.store.end_flush(job)
-        finally:
-            self._flushing.set()
-            self._flushing = None
+            self._answer_waiters(None)
+
+    def _answer_waiters(self, error: Exception | None) -> None:
+        durable_seq = self.store.log.durable_seq
+        waiters, self._flush_waiters = self._flush_waiters, []
+        for waiter in waiters:
+            seq, done = waiter
+            if error is not None or seq <= durable_seq:
+                done(error)
+            else:
+                self._flush_waiters.append(waiter)
+        if self._flush_waiters and self._flush_job is None:
+            self._begin_flush()
+
+    async def settle(self) -> None:
+        """Wait until no flush is under way; called before the store is closed."""
+        while self._flush_job is not None:
+            await trio.sleep(0.001)
 
     # Upkeep.
 
@@ -174,7 +224,7 @@ class Disk:
         self._engine, self._volume, self._on_detach = engine, volume, on_detach
         self.read = volume.read
         self.allocation = volume.allocation
-        self.flush = engine.flush
+        self.flush_soon = engine.flush_soon
         self.is_durable = engine.is_durable
 
     async def read_cold(self, offset: int, view: memoryview) -> None:

@@ -154,6 +154,7 @@ class Host:
 
     async def _close(self, mounted: Mounted) -> None:
         mounted.scope.cancel()
+        await mounted.engine.settle()
         try:
             await trio.to_thread.run_sync(mounted.repository.store.close)
         except SimsrError as error:

@@ -73,6 +73,20 @@ class Api:
         return srs, self.ok("GET", "/v1/vdis")
 
 
+class Unchanged:
+    """``with Unchanged(api):`` all SRs and VDIs are the same afterwards."""
+
+    def __init__(self, api: Api) -> None:
+        self.api = api
+
+    def __enter__(self) -> None:
+        self.before = self.api.everything()
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is None:
+            assert self.api.everything() == self.before
+
+
 def check_error(response: httpx.Response, code: str, status: int | None = None) -> dict:
     """``response`` is error ``code`` in its full form; returns what is under "error"."""
     assert response.headers["content-type"] == "application/json", response.text[:500]

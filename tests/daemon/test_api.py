@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import quote
 
-import httpx
 import pytest
-from api_daemon import BLOCK, MIB, Api, Nbd, alone, api, check_error  # noqa: F401: two of them are fixtures
+from api_daemon import BLOCK, MIB, Nbd, Unchanged, alone, api, check_error  # noqa: F401 (two of them are fixtures)
 
 NOWHERE = "99999999-0000-4000-8000-000000000000"
 VDI_KEYS = {
@@ -28,26 +25,12 @@ TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
-class Unchanged:
-    """``with Unchanged(api):`` all SRs and VDIs are the same afterwards."""
-
-    def __init__(self, api: Api) -> None:
-        self.api = api
-
-    def __enter__(self) -> None:
-        self.before = self.api.everything()
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is None:
-            assert self.api.everything() == self.before
-
-
 # What is there.
 
 
 def test_daemon(api):
     found = api.ok("GET", "/v1/daemon")
-    assert {"version", "pid", "root", "control_socket", "nbd_socket", "nbd_tcp", "uptime_s", "sr_count", "vdi_count"} <= found.keys()
+    assert {"version", "pid", "root", "control_socket", "nbd_socket", "nbd_tcp", "uptime_s", "sr_count"} <= found.keys()
     assert found["pid"] == api.simsrd.pid and found["root"] == api.simsrd.root and found["sr_count"] == 1
     assert found["control_socket"] == api.simsrd.socket and found["nbd_socket"] == api.simsrd.nbd_socket
     assert found["nbd_tcp"] is None and found["failed_srs"] == {} and 0 < found["uptime_s"] < 3600
@@ -133,7 +116,7 @@ def test_update_of_an_sr(alone):
 
 def test_creating_and_deleting_srs_leaves_no_files(alone):
     folder = f"{alone.simsrd.root}/sr"
-    for turn in range(6):
+    for _ in range(6):
         alone.sr("short")
         assert len(os.listdir(folder)) == 1
         alone.ok("DELETE", "/v1/srs/short", status=204)
@@ -142,7 +125,7 @@ def test_creating_and_deleting_srs_leaves_no_files(alone):
 
 def test_creating_and_deleting_srs_leaves_no_descriptors(alone):
     """Its spare segments are still being made when an SR goes."""
-    for turn in range(8):
+    for _ in range(8):
         alone.sr("short")
         alone.ok("DELETE", "/v1/srs/short", status=204)
     folder = f"/proc/{alone.simsrd.pid}/fd"
@@ -178,7 +161,8 @@ def test_create_refuses(api):
         ("BadRequest", {"type": "disk"}), ("BadRequest", {"uuid": "x"}), ("BadRequest", {"uuid": ""}),
         ("BadRequest", {"uuid": taken + "\0"}), ("VdiExists", {"uuid": taken}), ("VdiExists", {"uuid": taken.upper()}),
         ("BadSize", {"size_bytes": 1 << 49}), ("BadSize", {"size_bytes": 10**300}), ("BadRequest", {"name": "a\0"}),
-        ("BadRequest", {"name": "x" * 4097}), ("BadRequest", {"description": "ä" * 4096}), ("BadRequest", {"sm_config": {"a": "\0"}}),
+        ("BadRequest", {"name": "x" * 4097}), ("BadRequest", {"description": "ä" * 4096}),
+        ("BadRequest", {"sm_config": {"a": "\0"}}),
         ("BadRequest", {"sm_config": {"a": "x" * 32768}}),
     ):  # fmt: skip
         with Unchanged(api):
@@ -189,7 +173,8 @@ def test_update(api):
     vdi = api.vdi(name="update", sm_config={"a": "b"})
     path = f"/v1/vdis/{vdi['uuid']}"
     for changes in (
-        {"name": "updated"}, {"description": "ü\n"}, {"sm_config": {}}, {"managed": False}, {"sharable": True}, {"read_only": True},
+        {"name": "updated"}, {"description": "ü\n"}, {"sm_config": {}}, {"managed": False}, {"sharable": True},
+        {"read_only": True},
         {"name": "again", "read_only": False, "sm_config": {"c": "d"}}, {}, {"name": ""},
     ):  # fmt: skip
         vdi.update(changes)
@@ -222,7 +207,7 @@ def test_snapshot_and_clone(api):
     assert told.items() <= api.snapshot(disk, **told).items()
     for source in (disk, plain):
         clone = api.act(source, "clone", 201, name="clone")
-        assert (clone["is_a_snapshot"], clone["snapshot_of"], clone["read_only"], clone["sharable"]) == (False, None, False, False)
+        assert clone["snapshot_of"] is None and not (clone["is_a_snapshot"] or clone["read_only"] or clone["sharable"])
         assert os.path.exists(clone["nbd_socket"])
     for operation in ("snapshot", "clone"):
         path = f"/v1/vdis/{disk['uuid']}/{operation}"
@@ -306,7 +291,7 @@ def test_revert_refuses(api):
     clone = api.act(snapshot, "clone", 201)
     path = f"/v1/vdis/{snapshot['uuid']}/revert"
     with Unchanged(api):
-        assert api.error("NotASnapshot", "POST", f"/v1/vdis/{disk['uuid']}/revert")["xenapi_code"] == "REVERT_ONLY_ALLOWED_ON_SNAPSHOT"
+        api.error("NotASnapshot", "POST", f"/v1/vdis/{disk['uuid']}/revert")
         for target in (stranger, snapshot):
             api.error("SnapshotOfOther", "POST", path, {"target": target["uuid"]})
         assert api.error("NotFound", "POST", path, {"target": NOWHERE})["sm_fault"] == 144
@@ -377,285 +362,3 @@ def test_waiting_for_a_client_to_leave(api):
         if answer.status_code >= 400:
             check_error(answer, "NotFound")
     api.error("NotFound", "GET", f"/v1/vdis/{disk['uuid']}")
-
-
-# Names in paths.
-
-NAMES = [
-    "with space", "a/b", "/", "//x//", "../../etc/passwd", "a/snapshot", "ä漢字🙂", "100%", "%2F", "%2e", "a?b=c", "a#b", "a&b+c", "'\"\\", "{vdi}",
-    "\n\t\x7f", "x" * 1000,
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_names_are_percent_encoded(api, name):
-    made = api.vdi(name=name)
-    path = "/v1/vdis/" + quote(name, safe="")
-    assert api.ok("GET", path) == made
-    assert api.ok("POST", path + "/resize", {"size_bytes": 2 * MIB})["uuid"] == made["uuid"]
-    assert api.ok("POST", path + "/snapshot", {"name": name + " snapshot"}, status=201)["snapshot_of"] == made["uuid"]
-    assert api.ok("POST", "/v1/vdis/" + quote(name + " snapshot", safe="") + "/revert")["vdi"]["uuid"] == made["uuid"]
-    assert api.ok("PATCH", path, {"description": "found"})["description"] == "found"
-    api.ok("DELETE", path, status=204)
-    api.error("NotFound", "GET", path)
-
-
-def test_prefixes_and_ambiguous_names(api):
-    one = api.vdi(uuid="abcd1111-0000-4000-8000-000000000001", name="twin")
-    two = api.vdi(uuid="abcd2222-0000-4000-8000-000000000002", name="twin")
-    for reference, meant in (("abcd1", one), ("ABCD2222-0", two), (one["uuid"].upper(), one)):
-        assert api.show(reference)["uuid"] == meant["uuid"]
-    for reference in ("abcd", "twin"):
-        found = api.error("Ambiguous", "GET", f"/v1/vdis/{reference}")
-        assert one["uuid"] in found["message"] and two["uuid"] in found["details"]["candidates"]
-        api.error("Ambiguous", "DELETE", f"/v1/vdis/{reference}")
-    for reference in ("abc", "abcd3", "tw"):
-        api.error("NotFound", "GET", f"/v1/vdis/{reference}")
-    called = api.vdi(name="abcd")
-    assert api.show("abcd")["uuid"] == called["uuid"]
-    for vdi in (one, two, called):
-        api.delete(vdi)
-
-
-# Requests that are wrong.
-
-
-@pytest.mark.parametrize("path", ["/", "/v1", "/v2/vdis", "/v1/vdi", "/v1/daemon/", "/v1/daemon/x", "//v1/daemon", "/docs", "/v1/vdis/x/y", "/v1/vdis/", "/v1/srs/"])
-def test_paths_that_do_not_exist(api, path):
-    assert api.error("NotFound", "GET", path)["details"]["kind"] == "API path"
-
-
-@pytest.mark.parametrize("path", ["/v1/vdis/%00", "/v1/vdis/%FF", "/v1/vdis/sr", "/v1/srs/" + "x" * 5000])
-def test_things_that_do_not_exist(api, path):
-    assert api.error("NotFound", "GET", path)["details"]["kind"] in ("SR", "VDI")
-
-
-@pytest.mark.parametrize(
-    "method, path, allowed",
-    [
-        ("PUT", "/v1/srs", {"GET", "POST"}), ("DELETE", "/v1/vdis", {"GET", "POST"}), ("POST", "/v1/daemon", {"GET"}),
-        ("HEAD", "/v1/daemon", {"GET"}), ("OPTIONS", "/v1/srs", {"GET", "POST"}), ("POST", "/v1/vdis/x", {"GET", "PATCH", "DELETE"}),
-        ("PUT", "/v1/vdis/x/revert", {"POST"}), ("TRACE", "/v1/srs/x", {"GET", "PATCH", "DELETE"}),
-    ],
-)  # fmt: skip
-def test_methods_that_a_path_does_not_have(api, method, path, allowed):
-    response = api.send(method, path)
-    assert response.status_code == 405
-    assert set(response.headers["allow"].split(", ")) & allowed
-    if method != "HEAD":
-        check_error(response, "BadRequest", 405)
-
-
-JSON = {"content-type": "application/json"}
-NOT_JSON = [b"{", b"", b"size_bytes=512", b"\xff\xfe{}", b'{"size_bytes": 512', b"{'size_bytes': 512}", b"[" * 100000, b"{}{}", b"\0"]
-
-
-@pytest.mark.parametrize("content", NOT_JSON, ids=range(len(NOT_JSON)))
-def test_bodies_that_are_no_json(api, content):
-    with Unchanged(api):
-        assert "body" in api.error("BadRequest", "POST", "/v1/vdis", content=content, headers=JSON)["message"]
-
-
-@pytest.mark.parametrize("content", [b"[]", b"1", b"true", b'"x"', b'[{"size_bytes": 512}]', b"null"])
-def test_bodies_that_are_no_objects(api, content):
-    with Unchanged(api):
-        api.error("BadRequest", "POST", "/v1/vdis", content=content, headers=JSON)
-
-
-def test_a_form_is_no_json(api):
-    with Unchanged(api):
-        api.error("BadRequest", "POST", "/v1/vdis", data={"size_bytes": "512"})
-        api.error("BadRequest", "POST", "/v1/vdis", content=b'{"size_bytes": 512}', headers={"content-type": "text/plain"})
-
-
-def test_a_huge_body(api):
-    content = b'{"size_bytes": 512, "name": "' + b"x" * 10_000_000 + b'"}'
-    with Unchanged(api):
-        response = api.send("POST", "/v1/vdis", content=content, headers=JSON)
-        assert response.status_code in (400, 413) and len(response.content) < 1000
-        check_error(response, "BadRequest", response.status_code)
-
-
-WRONG = {
-    "string": ["5", "[]", "{}", "true", "1.5", r'"\ud800"'],
-    "integer": ['"512"', "512.0", "5.12e2", "NaN", "Infinity", "-Infinity", "true", "0", "-1", "[]", "9" * 5000, "9" * 400, "-" + "9" * 400],
-    "boolean": ["1", "0", '"true"', "[]", "NaN"],
-    "object": ["[]", '"a"', '{"a": 1}', '{"a": null}', '{"a": {}}', r'{"\ud800": "b"}', r'{"a": "\udfff"}'],
-}  # as JSON, because Python's own types cannot say all of it
-
-
-def test_every_field_of_every_body_is_checked(api):
-    """All wrong values of all fields of all routes, from the OpenAPI document: a clear refusal, and nothing happens."""
-    document = api.ok("GET", "/openapi.json")
-    disk = api.vdi(name="fields")
-    snapshot = api.snapshot(disk)
-    good = {"name": "x", "size_bytes": 4 * MIB, "client": "c", "writable": False}
-    tried = 0
-    with Unchanged(api):
-        for path, item in document["paths"].items():
-            for method, operation in item.items():
-                if "requestBody" not in operation:
-                    continue
-                schema = operation["requestBody"]["content"]["application/json"]["schema"]
-                schema = [choice for choice in schema.get("anyOf", [schema]) if "$ref" in choice][0]
-                schema = document["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
-                where = path.replace("{sr}", "sr").replace("{vdi}", (snapshot if "revert" in path else disk)["uuid"])
-                given = {field: json.dumps(good[field]) for field in schema.get("required", ())}
-                for field in [*schema.get("required", ()), "colour", "Name", ""]:
-                    body = {**given, field: '"x"'}
-                    if field in given:
-                        del body[field]
-                    tried += refused(api, method, where, body, field)
-                for field, kind in schema["properties"].items():
-                    kinds = [kind["type"]] if "type" in kind else [choice["type"] for choice in kind["anyOf"]]
-                    for wrong in [*WRONG[kinds[0]], *([] if "null" in kinds else ["null"])]:
-                        tried += refused(api, method, where, {**given, field: wrong}, field)
-    assert tried > 250
-
-
-def refused(api: Api, method: str, path: str, body: dict[str, str], field: str) -> bool:
-    content = "{" + ", ".join(f"{json.dumps(name)}: {value}" for name, value in body.items()) + "}"
-    response = api.send(method.upper(), path, content=content.encode(), headers=JSON)
-    assert response.status_code == 400, f"{method} {path} {content[:200]}: {response.status_code} {response.text[:300]}"
-    error = response.json()["error"]
-    assert error["code"] in ("BadRequest", "BadSize")
-    if "9" * 400 not in content:
-        assert field in error["message"] or "uuid" in error["message"], f"{content}: {error['message']}"
-    return True
-
-
-@pytest.mark.parametrize(
-    "sent",
-    [
-        b"", b"\r\n", b"GARBAGE\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"GET /v1/vdis/\xc3\xa4 HTTP/1.1\r\nHost: x\r\n\r\n",
-        b"GET " + b"/x" * 100_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", b"POST /v1/vdis HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{",
-        b"POST /v1/vdis HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
-        b"GET /v1/daemon HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * 20_000,
-    ],
-    ids=["nothing", "empty line", "garbage", "tls", "raw utf-8", "long path", "half a body", "length", "headers"],
-)  # fmt: skip
-def test_what_is_no_http_harms_nobody(api, sent):
-    with Unchanged(api), socket.socket(socket.AF_UNIX) as sock:
-        sock.connect(api.simsrd.socket)
-        sock.settimeout(0.3)
-        try:
-            sock.sendall(sent)
-            answer = sock.recv(100)
-        except (TimeoutError, ConnectionError):
-            answer = b""
-        assert not answer or re.match(rb"HTTP/1.1 4\d\d", answer), answer
-
-
-# Changes are durable, timed, and many at once.
-
-
-def test_every_change_is_durable_when_answered_and_says_how_long_it_took(api):
-    def changed(method, path, body=None, timed=True):
-        response = api.send(method, path, body)
-        assert response.is_success, response.text
-        own = api.ok("GET", "/v1/srs/sr")["statistics"]
-        assert own["seq"] - own["durable_seq"] <= 1  # the mark that a flush leaves
-        assert not timed or re.fullmatch(r"store;dur=\d+\.\d{3}", response.headers["server-timing"])
-        return response.json() if response.content else None
-
-    disk = changed("POST", "/v1/vdis", {"size_bytes": MIB, "name": "durable"})["uuid"]
-    path = f"/v1/vdis/{disk}"
-    with Nbd(f"{api.simsrd.root}/nbd/{disk}.sock") as nbd:
-        nbd.write(0, b"x" * BLOCK)
-    snapshot = changed("POST", f"{path}/snapshot", {"name": "durable snapshot"})["uuid"]
-    clone = changed("POST", f"{path}/clone", {})["uuid"]
-    changed("PATCH", path, {"description": "d"})
-    changed("POST", f"{path}/resize", {"size_bytes": 2 * MIB})
-    changed("POST", f"/v1/vdis/{snapshot}/revert")
-    changed("PATCH", "/v1/srs/sr", {"description": "d"})
-    for vdi in (disk, snapshot, clone):
-        changed("DELETE", f"/v1/vdis/{vdi}")
-
-
-def test_creating_and_deleting_an_sr_is_timed(alone):
-    for method, path, body in (("POST", "/v1/srs", {"name": "x"}), ("DELETE", "/v1/srs/x", None)):
-        assert alone.send(method, path, body).headers["server-timing"].startswith("store;dur=")
-
-
-def test_every_answered_change_survives_sigkill(alone):
-    """The daemon is killed right after each answer; the next one shows exactly what was answered."""
-    api, simsrd = alone, alone.simsrd
-
-    def check() -> None:
-        wanted = api.everything()
-        simsrd.kill()
-        simsrd.start()
-        assert api.everything() == wanted
-
-    api.sr("survivor", sm_config={"a": "b"})
-    check()
-    disk = api.vdi(name="ä/b", description="d", sm_config={"x": "y"}, sharable=True)
-    check()
-    with Nbd(disk["nbd_socket"]) as nbd:
-        nbd.write(BLOCK, b"1" * BLOCK)
-        snapshot = api.snapshot(disk, name="kept")
-        nbd.write(BLOCK, b"2" * 2 * BLOCK)
-    api.act(disk, "resize", size_bytes=3 * MIB)
-    api.ok("PATCH", f"/v1/vdis/{disk['uuid']}", {"name": "renamed", "managed": False})
-    check()
-    with Nbd(disk["nbd_socket"]) as nbd:
-        assert nbd.read(0, 4 * BLOCK) == bytes(BLOCK) + b"2" * 2 * BLOCK + bytes(BLOCK)
-    clone = api.act(snapshot, "clone", 201)
-    assert api.act(snapshot, "revert")["changed"]
-    check()
-    for vdi in (disk, clone):
-        with Nbd(vdi["nbd_socket"]) as nbd:
-            assert nbd.size_bytes == MIB and nbd.read(0, 3 * BLOCK) == bytes(BLOCK) + b"1" * BLOCK + bytes(BLOCK)
-    api.delete(disk)
-    api.ok("PATCH", "/v1/srs/survivor", {"description": "new"})
-    check()
-    assert api.error("NotFound", "POST", f"/v1/vdis/{snapshot['uuid']}/revert")["details"]["name"] == disk["uuid"]
-    for vdi in (snapshot, clone):
-        api.delete(vdi)
-    api.ok("DELETE", "/v1/srs/survivor", status=204)
-    check()
-
-
-def test_many_requests_at_once(api):
-    """20 clients make, snapshot, revert and delete at the same time; each sees its own, nothing is lost or doubled."""
-    before = {vdi["uuid"] for vdi in api.ok("GET", "/v1/vdis")}
-
-    def life(number: int) -> list[str]:
-        with httpx.Client(transport=httpx.HTTPTransport(uds=api.simsrd.socket), base_url="http://simsrd", timeout=60) as client:
-
-            def post(path: str, body: dict) -> dict:
-                response = client.post(path, json=body)
-                assert response.is_success, response.text
-                return response.json()
-
-            disk = post("/v1/vdis", {"size_bytes": MIB * (number + 1), "name": f"life {number}"})["uuid"]
-            snapshots = [post(f"/v1/vdis/life%20{number}/snapshot", {"name": f"{number}.{turn}"})["uuid"] for turn in range(4)]
-            reverted = post(f"/v1/vdis/{number}.2/revert", {})
-            assert reverted["vdi"]["uuid"] == disk and reverted["vdi"]["size_bytes"] == MIB * (number + 1)
-            clone = post(f"/v1/vdis/{snapshots[0]}/clone", {"name": f"clone {number}"})["uuid"]
-            assert client.delete(f"/v1/vdis/{snapshots.pop()}").status_code == 204
-            return [disk, *snapshots, clone]
-
-    with ThreadPoolExecutor(20) as pool:
-        made = [uuid for uuids in pool.map(life, range(20)) for uuid in uuids]
-    assert len(set(made)) == len(made) == 100
-    assert {vdi["uuid"] for vdi in api.ok("GET", "/v1/vdis")} == before | set(made)
-    assert all(os.path.exists(api.show(uuid)["nbd_socket"]) != api.show(uuid)["is_a_snapshot"] for uuid in made[::5])
-    with ThreadPoolExecutor(20) as pool:
-        assert set(pool.map(lambda uuid: api.send("DELETE", f"/v1/vdis/{uuid}").status_code, made)) == {204}
-    assert {vdi["uuid"] for vdi in api.ok("GET", "/v1/vdis")} == before
-
-
-def test_one_uuid_asked_for_by_many(api):
-    """One of them gets it, the others are told so; created and deleted over and over, its socket comes and goes."""
-    uuid = "77777777-0000-4000-8000-000000000000"
-
-    def make(_: int) -> int:
-        return api.send("POST", "/v1/vdis", {"size_bytes": MIB, "uuid": uuid}).status_code
-
-    for _ in range(5):
-        with ThreadPoolExecutor(8) as pool:
-            assert sorted(pool.map(make, range(8))) == [201] + [409] * 7
-        with Nbd(f"{api.simsrd.root}/nbd/{uuid}.sock") as nbd:
-            assert nbd.size_bytes == MIB
-        api.ok("DELETE", f"/v1/vdis/{uuid}", status=204)

@@ -253,16 +253,17 @@ HOT_BYTES, COLD_BYTES = 8 * MIB, 192 * MIB
 ATTEMPTS = 3
 MEASURE_S = 1.0
 RATIO_MAX = 3.0
+COLD_IN_FLIGHT = 1
 
 _COLD_READER = """
 import random, sys
-sys.path[:0] = sys.argv[4:]
+sys.path[:0] = sys.argv[5:]
 from nbd_wire import WireClient
 rng = random.Random(int(sys.argv[3]))
 with WireClient.connect(sys.argv[1]) as client:
     print("reading", flush=True)
     for block in rng.sample(range(int(sys.argv[2]) // 4096), int(sys.argv[2]) // 4096):
-        while client.reader.waiting >= 16:
+        while client.reader.waiting >= int(sys.argv[4]):
             client.receive()
         client.send(0, block * 4096, 4096)
         client.reader.replies.clear()
@@ -290,7 +291,7 @@ def p99_of_hot_reads(client: WireClient, rng: random.Random) -> float:
     return latencies[math.floor(len(latencies) * 0.99)]
 
 
-def test_cold_reads_of_one_disk_leave_the_p99_of_another_alone(root, capsys):
+def test_cold_reads_of_one_disk_leave_the_p99_of_another_alone(root):
     simsrd = Simsrd(root)
     try:
         simsrd.start().create_sr()
@@ -322,8 +323,9 @@ def measure(simsrd: Simsrd, hot: dict, cold: dict, seed: int) -> tuple[float, fl
         client.read(0, HOT_BYTES)
         alone = p99_of_hot_reads(client, rng)
         tests = Path(__file__).parents[1]
-        arguments = [cold["nbd_socket"], str(COLD_BYTES), str(seed), str(tests / "nbd_export"), str(tests.parent)]
-        reader = subprocess.Popen([sys.executable, "-c", _COLD_READER, *arguments], stdout=subprocess.PIPE)
+        numbers = [str(COLD_BYTES), str(seed), str(COLD_IN_FLIGHT)]
+        command = [sys.executable, "-c", _COLD_READER, cold["nbd_socket"], *numbers, str(tests / "nbd_export"), str(tests.parent)]
+        reader = subprocess.Popen(command, stdout=subprocess.PIPE)
         try:
             assert reader.stdout.readline() == b"reading\n"
             before = cold_reads(simsrd)

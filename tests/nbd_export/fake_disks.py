@@ -8,7 +8,7 @@ requests that fail.
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import trio
@@ -17,6 +17,7 @@ from nbd_wire import MODERN, Reply, ReplyReader, option, request, set_meta_conte
 from nbd_export import constants as c
 from nbd_export.disk import Write
 from nbd_export.handshake import ExportInfo
+from simsr.errors import SimsrError
 
 __all__ = ["FakeDisk", "FakeDisks", "Client", "pattern", "SIZE_BYTES", "LARGE_BYTES"]
 
@@ -126,6 +127,17 @@ class FakeDisk:
             raise self.flush_failure
         self.durable = True
         self.log.append(("flushed",))
+
+    def flush_soon(self, done: Callable[[Exception | None], None]) -> None:
+        trio.lowlevel.spawn_system_task(self._flush_and_tell, done)
+
+    async def _flush_and_tell(self, done: Callable[[Exception | None], None]) -> None:
+        try:
+            await self.flush()
+        except (OSError, SimsrError) as error:
+            done(error)
+        else:
+            done(None)
 
     async def prefetch(self, offset: int, length: int) -> None:
         self.log.append(("prefetch", offset, length))

@@ -11,6 +11,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbd
@@ -80,7 +81,8 @@ def test_nbdinfo_describes_a_disk(disk):
     for can in ("can_flush", "can_fua", "can_multi_conn", "can_trim", "can_zero", "can_cache", "can_df", "can_fast_zero"):
         assert export[can] is True, can
     assert export["is_read_only"] is False and export["is_rotational"] is False
-    assert (export["block_minimum"], export["block_preferred"], export["block_maximum"]) == (1, 4096, 32 * MIB)
+    sizes = [export[f"block_size_{which}"] for which in ("minimum", "preferred", "maximum")]
+    assert sizes == [1, 4096, 32 * MIB]
 
 
 def test_nbdinfo_describes_the_protocol(disk):
@@ -171,7 +173,7 @@ def test_libnbd_reads_and_writes(handle):
         else:
             handle.flush()
     assert handle.pread(16 * MIB, 0) == model[: 16 * MIB]
-    assert handle.pread(16 * MIB, 16 * MIB, nbd.CMD_FLAG_DF) == model[16 * MIB :]
+    assert handle.pread(16 * MIB, 16 * MIB) == model[16 * MIB :]
 
 
 def test_libnbd_block_status(handle):
@@ -200,6 +202,9 @@ def test_libnbd_structured_read_in_chunks(handle):
     assert handle.pread_structured(2 * MIB, 0, chunk) == b"s" * (2 * MIB)
     chunks.sort()
     assert chunks[0][0] == 0 and sum(length for _, length in chunks) == 2 * MIB
+    chunks.clear()
+    assert handle.pread_structured(2 * MIB, 0, chunk, nbd.CMD_FLAG_DF) == b"s" * (2 * MIB)
+    assert chunks == [(0, 2 * MIB)]
 
 
 def test_libnbd_with_many_requests_in_flight_on_several_connections(disk):
@@ -233,7 +238,7 @@ def test_libnbd_gets_errors_and_goes_on(handle):
         with pytest.raises(nbd.Error) as failure:
             wrong()
         assert failure.value.errno in ("EINVAL", "ENOSPC")
-    assert handle.pread(0, 0) in (b"", None) or True
+    assert handle.pread(0, 4096) == b""
     handle.pwrite(b"fine", 0)
     assert handle.pread(4, 0) == b"fine"
 
@@ -261,7 +266,10 @@ def test_libnbd_with_option_export_name_only(disk):
 
 def test_nbdsh(disk):
     script = "h.pwrite(b'from nbdsh', 4096)\nh.flush()\nprint(h.pread(10, 4096).decode(), h.get_size())"
-    assert run("nbdsh", "-u", disk["nbd_uri"], "-c", script).strip() == f"from nbdsh {32 * MIB}"
+    # nbdsh takes the first python3 on PATH, but its module belongs to the one of the distribution.
+    environment = {**os.environ, "PATH": f"/usr/bin:{os.environ['PATH']}"}
+    environment.pop("PYTHONPATH", None)
+    assert run("nbdsh", "-u", disk["nbd_uri"], "-c", script, env=environment).strip() == f"from nbdsh {32 * MIB}"
 
 
 # --- qemu --------------------------------------------------------------------------------------------------------
@@ -354,7 +362,7 @@ def test_nbdkit_as_a_proxy(disk, image, folder, filters):
                     break
                 proxy.poll()
                 assert proxy.returncode is None, "nbdkit did not start"
-                _sleep(0.02)
+                time.sleep(0.02)
             uri = f"nbd+unix:///?socket={through}"
             (export,) = json.loads(run("nbdinfo", "--json", uri))["exports"]
             assert export["export-size"] == 32 * MIB and export["can_trim"]
@@ -365,12 +373,6 @@ def test_nbdkit_as_a_proxy(disk, image, folder, filters):
             proxy.terminate()
     kept = filters == ["--filter=cow"]
     qemu_io(disk["nbd_uri"], f"read -P {0x66 if not kept else 0} 5M 100k")
-
-
-def _sleep(seconds: float) -> None:
-    import time
-
-    time.sleep(seconds)
 
 
 # --- tapdisk -----------------------------------------------------------------------------------------------------
@@ -495,8 +497,14 @@ def test_resize_is_seen_after_reconnecting(shared, disk):
 def test_a_disk_that_is_very_large(make_vdi):
     disk = make_vdi(64 << 40)
     qemu_io(disk["nbd_uri"], f"write -P 5 {(64 << 40) - 65536} 64k", f"read -P 5 {(64 << 40) - 65536} 64k", "read -P 0 32T 1M")
+    assert run("nbdinfo", "--size", disk["nbd_uri"]).strip() == str(64 << 40)
+
+
+def test_the_map_of_a_large_disk(make_vdi):
+    disk = make_vdi(1 << 40)
+    qemu_io(disk["nbd_uri"], f"write -P 5 {(1 << 40) - 65536} 64k", "write -P 6 512G 4k")
     extents = json.loads(run("nbdinfo", "--map", "--totals", "--json", disk["nbd_uri"]))
-    assert {extent["type"]: extent["size"] for extent in extents} == {0: 65536, 3: (64 << 40) - 65536}
+    assert {extent["type"]: extent["size"] for extent in extents} == {0: 65536 + 4096, 3: (1 << 40) - 65536 - 4096}
 
 
 def test_a_disk_whose_size_is_no_multiple_of_a_block(make_vdi, folder):

@@ -11,23 +11,6 @@ from sr_kit import BLOCK, STYLES, Kill, World, check, content, fill, photo, put,
 from simsr.errors import NotASnapshot, NotFound, SnapshotOfOther, VdiInUse
 
 
-@pytest.fixture
-def world():
-    return World()
-
-
-@pytest.fixture
-def sr(world):
-    return world.repository
-
-
-@pytest.fixture
-def disk(sr):
-    vdi = sr.create(6 * BLOCK, name="disk", description="d", sm_config={"a": "1"})
-    fill(vdi, 1)
-    return vdi
-
-
 def test_revert_brings_the_content_back(world, sr, disk):
     old = content(disk)
     snapshot = sr.snapshot(disk)
