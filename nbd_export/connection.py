@@ -151,6 +151,8 @@ class Connection:
                 server.requests_total += len(batch)
                 if not await self._handle(batch):
                     return
+                if self._unsent:  # answers of flushes: take nothing more until the client has taken them
+                    await self._drained.wait()
                 if parser.has_request:
                     await trio.lowlevel.checkpoint()
                     continue

@@ -9,6 +9,7 @@ import json
 import socket
 import struct
 from collections.abc import Iterator
+from contextlib import closing
 
 import httpx
 import pytest
@@ -26,11 +27,17 @@ class Api:
 
     def __init__(self, simsrd: Simsrd) -> None:
         self.simsrd = simsrd
+        # The daemon hangs up on who is idle for 5 s; a client that waits as long may send into a connection that is going.
+        transport = httpx.HTTPTransport(uds=simsrd.socket, limits=httpx.Limits(keepalive_expiry=1))
+        self._client = httpx.Client(transport=transport, base_url="http://simsrd", timeout=60)
+
+    def close(self) -> None:
+        self._client.close()
 
     def send(self, method: str, path: str, body: object = None, **how: object) -> httpx.Response:
         if body is not None:
             how["json"] = body
-        return self.simsrd.api.request(method, path, **how)
+        return self._client.request(method, path, **how)
 
     def ok(self, method: str, path: str, body: object = None, status: int = 200, **how: object):
         response = self.send(method, path, body, **how)
@@ -161,15 +168,16 @@ def api() -> Iterator[Api]:
     with short_directory() as folder:
         simsrd = Simsrd(f"{folder}/r")
         try:
-            shared = Api(simsrd.start())
-            shared.sr("sr")
-            yield shared
+            with closing(Api(simsrd.start())) as shared:
+                shared.sr("sr")
+                yield shared
             simsrd.stop_cleanly()
         finally:
             simsrd.end()
 
 
 @pytest.fixture
-def alone(daemon: Simsrd) -> Api:
+def alone(daemon: Simsrd) -> Iterator[Api]:
     """A daemon for one test, without any SR."""
-    return Api(daemon)
+    with closing(Api(daemon)) as api:
+        yield api

@@ -330,17 +330,17 @@ def test_right_after_a_client_has_gone(api, politely):
     """Whoever closes its connection and then reverts, deletes or locks the disk is not told that it is still attached."""
     for turn in range(5):
         disk = api.vdi()
-        nbd = Nbd(disk["nbd_socket"])
         snapshot = api.snapshot(disk)
-        nbd.write(0, bytes([turn + 1]) * BLOCK)
-        nbd.close(politely)
+        with Nbd(disk["nbd_socket"]) as nbd:
+            nbd.write(0, bytes([turn + 1]) * BLOCK)
+            nbd.close(politely)
         assert api.act(snapshot, "revert")["changed"]
-        nbd = Nbd(disk["nbd_socket"])
-        assert nbd.read(0, BLOCK) == bytes(BLOCK)
-        nbd.close(politely)
+        with Nbd(disk["nbd_socket"]) as nbd:
+            assert nbd.read(0, BLOCK) == bytes(BLOCK)
+            nbd.close(politely)
         assert api.ok("PATCH", f"/v1/vdis/{disk['uuid']}", {"read_only": True})["read_only"]
-        nbd = Nbd(disk["nbd_socket"])
-        nbd.close(politely)
+        with Nbd(disk["nbd_socket"]) as nbd:
+            nbd.close(politely)
         api.delete(disk)
 
 
@@ -348,12 +348,11 @@ def test_waiting_for_a_client_to_leave(api):
     """Several requests wait for the same client; who comes too late is told that the VDI is gone, and nothing breaks."""
     disk = api.vdi()
     snapshot = api.snapshot(disk)
-    nbd = Nbd(disk["nbd_socket"])
-    nbd.write(0, b"x" * BLOCK)
     requests = [("DELETE", f"/v1/vdis/{disk['uuid']}", None)] * 3 + [
         ("POST", f"/v1/vdis/{snapshot['uuid']}/revert", None), ("PATCH", f"/v1/vdis/{disk['uuid']}", {"read_only": True}),
     ]  # fmt: skip
-    with ThreadPoolExecutor(len(requests)) as pool:
+    with Nbd(disk["nbd_socket"]) as nbd, ThreadPoolExecutor(len(requests)) as pool:
+        nbd.write(0, b"x" * BLOCK)
         answers = [pool.submit(api.send, *request) for request in requests]
         threading.Timer(0.2, nbd.close).run()
         answers = [answer.result() for answer in answers]

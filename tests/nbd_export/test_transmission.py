@@ -340,6 +340,21 @@ async def test_endless_flushes_without_taking_answers_do_not_pile_up(rig):
     await until(lambda: rig.server.statistics()["requests_total"] > taken)
 
 
+async def test_answers_that_come_after_a_flush_do_not_pile_up_for_a_client_that_takes_none(rig, monkeypatch):
+    monkeypatch.setattr(server_module, "SOCKET_BUFFER_BYTES", 1 << 14)
+    client = await rig.connect()
+    count = 40_000
+    flood = b"".join(request(WRITE, 10_000 + n, 0, payload=b"f", flags=FUA) for n in range(count))
+    with trio.move_on_after(3) as sending:
+        await client.stream.send_all(flood)
+    taken = rig.server.statistics()["requests_total"]
+    assert sending.cancelled_caught, f"{taken} answers wait in memory"
+    for n in range(count):
+        client.reader.expect(WRITE, 10_000 + n, 0, 1)
+    for n in range(0, taken - 1000, 100):  # what it has not taken yet must be right when it does
+        assert not (await client.reply(10_000 + n)).error
+
+
 # --- TRIM, WRITE_ZEROES, CACHE -----------------------------------------------------------------------------------
 
 
@@ -700,15 +715,15 @@ async def test_a_server_that_is_cancelled_closes_its_connections(rig):
 async def test_a_connection_that_breaks_while_the_server_is_cancelled(rig, how):
     """The error of the one connection and the cancellation of the others arrive in one group; the error must stay inside."""
     disk = rig.disk
-    disk.flush_gate = trio.Event()
+    disk.cold, disk.gate = [range(MIB, 2 * MIB)], trio.Event()
     server = NbdServer(rig.disks)
     path = rig.path + "2"
     listener = server_module.listen_unix(path)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(server.serve, listener)
         client = await Client.connect(path, "disk")
-        await client.send(WRITE, 0, payload=b"x", flags=FUA)
-        await until(lambda: disk.flushes)
+        await client.send(READ, MIB, 512)
+        await until(lambda: disk.cold_now)
         real_write = disk.write
 
         def last_write(batch):

@@ -13,11 +13,13 @@ import re
 from dataclasses import dataclass
 
 import pytest
-from store_kit import UUID, Driver, Witness, content, disk, make, put
+from store_kit import UUID, Driver, Witness, content, cut, disk, everything, make, put
 
 from simsr.errors import BlockDamaged, StoreDamaged, StoreFormat
+from simsr.store import layout
 from simsr.store.layout import BLOCK, HEADER_BYTES, Geometry, Super
 from simsr.store.memory import MemoryDirectory
+from simsr.store.segments import segment_name
 from simsr.store.store import Store
 
 SMALL = Geometry(8, 2, 2)
@@ -204,6 +206,47 @@ def test_lost_super_block_after_a_dropped_tail():
     volume = Store.open(directory).volumes[1]
     wanted = [content(10 + tag) for tag in range(3)] + [bytes(BLOCK)] * 13
     assert volume.read_bytes(0, 16 * BLOCK) == b"".join(wanted)
+
+
+@pytest.mark.parametrize("flushed", [False, True])
+def test_lost_super_block_after_a_torn_tail_of_two_segments(flushed):
+    """A segment that recovery left out, because the log before it was torn, does not hide the ones after it."""
+    directory, store = make()
+    volume = disk(store, 64)
+    store.close()
+    store = Store.open(directory)
+    volume = store.volumes[1]
+    first = store.log.active
+    places = []
+    for tag in range(40):
+        places.append((store.log.active, store.log.active.record_end))
+        put(volume, tag * BLOCK, content(tag + 1))
+    directory = cut(directory, "all")
+    torn = [offset for segment, offset in places if segment is first][20]
+    zero_out(directory, segment_name(first.slot), torn, 64)
+    store = Store.open(directory)
+    volume = store.volumes[1]
+    assert everything(volume) == b"".join(content(tag + 1) for tag in range(20)).ljust(64 * BLOCK, b"\0")
+    put(volume, 0, content(100))
+    if flushed:
+        store.flush()
+    held = everything(volume)
+    directory = directory.after_kill()
+    directory.flip(newest_super(directory), 40)
+    assert everything(Store.open(directory).volumes[1]) == held
+
+
+def test_a_record_that_does_not_continue_the_chain_is_not_followed():
+    directory, store = make()
+    put(disk(store, 8), 0, content(1))
+    store.flush()
+    active = store.log.active
+    forged, _ = layout.pack_record(
+        layout.COMMIT, store.log.seq + 1, store.log.durable_seq, 12345, active.salt, 0, 0, b'[{"op":"delete","ident":1}]'
+    )
+    directory = directory.after_kill()
+    replace_bytes(directory, segment_name(active.slot), active.record_end, forged)
+    assert set(Store.open(directory).volumes) == {1}
 
 
 def newest_super(directory: MemoryDirectory) -> str:

@@ -53,6 +53,11 @@ class Forest:
                         found[(number << self.bits) + index] = entry
             assert found == model
             assert map_.mapped_blocks == len(model)
+            for number, slots in map_.cache.items():
+                leaf = map_.leaf_at(number)
+                assert slots is (None if leaf is None else leaf.slots), f"leaf {number} is remembered wrongly"
+            for number, leaf in map_.owned.items():
+                assert map_.leaf_at(number) is leaf, f"leaf {number} is not there any more"
 
 
 def look_up(map_: ExtentMap, block: int) -> int:

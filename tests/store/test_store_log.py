@@ -186,6 +186,8 @@ def test_sync_error_stops_the_store(how):
         with pytest.raises(OSError) as caught:
             job.run()
         with pytest.raises(StoreStopped, match="injected"):
+            store.log.raise_if_stopped()  # at once, before anybody was told
+        with pytest.raises(StoreStopped, match="injected"):
             store.end_flush(job, caught.value)
     assert store.log.durable_seq == flushed
     directory.on_step = steps.append  # the disk pretends to be well again
@@ -282,6 +284,24 @@ def test_checkpoint_under_way_does_not_go_on_after_a_sync_error():
     with pytest.raises(StoreStopped):
         store.end_checkpoint(checkpoint, StoreStopped(path="", reason="injected"))
     store._check()
+
+
+@pytest.mark.parametrize("step", ["sync seg", "create map", "write map", "sync map", "sync directory"])
+def test_checkpoint_writes_no_super_block_once_the_log_has_stopped(step):
+    """Another thread's sync may fail while the checkpoint is being written."""
+    directory, store = make()
+    put(disk(store, 40), 0, content(1))
+    steps: list[str] = []
+
+    def on_step(what: str) -> None:
+        steps.append(what.split()[0] + " " + what.split()[1][:5])
+        if what.startswith(step):
+            store.log.stop(OSError(errno.EIO, "injected"))
+
+    directory.on_step = on_step
+    with pytest.raises(StoreStopped, match="injected"):
+        store.checkpoint()
+    assert "create map-0" in steps and "write super" not in steps
 
 
 def test_every_roll_is_told():

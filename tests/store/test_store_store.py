@@ -217,6 +217,19 @@ def test_commits_of_any_size_come_back():
         witness.compare(Store.open(directory.after_kill()))
 
 
+@pytest.mark.parametrize("blocks", [4, 5, 16, 17, 300])
+def test_a_clone_may_be_larger_than_its_source(blocks):
+    directory, store = make()
+    origin = disk(store, 4)
+    put(origin, 0, content(1) * 4)
+    clone = disk(store, blocks, origin.ident)
+    put(clone, (blocks - 1) * BLOCK, content(2))
+    wanted = ((content(1) * 4).ljust(blocks * BLOCK, b"\0"))[: (blocks - 1) * BLOCK] + content(2)
+    assert everything(clone) == wanted and everything(origin) == content(1) * 4
+    store._check()
+    assert everything(Store.open(directory.after_kill()).volumes[clone.ident]) == wanted
+
+
 def test_snapshots_in_any_tree(seeds):
     """Clones of snapshots of clones; deleting an origin leaves its descendants alone."""
     for seed in seeds(5):
@@ -306,6 +319,27 @@ def test_full_disk_can_still_snapshot_revert_and_delete_and_gets_its_space_back(
     store.flush()
     after = Store.open(cut(directory))
     assert everything(after.volumes[1]) == b"".join(content(tag) for tag in range(60)).ljust(1000 * BLOCK, b"\0")
+
+
+def test_the_last_segment_is_for_records_without_data():
+    """On a full disk a commit that does not fit into the active segment takes the one in reserve; data never does."""
+    directory, store = make()
+    held = fill_up(directory, store)
+    reserve = list(store.pool.spares)
+    assert len(reserve) == 1
+    text = "x" * 5000
+    store.commit([SetMeta(0, {"t": text})])
+    store.commit([SetMeta(0, {"t": text + "y"})])
+    assert store.log.active is reserve[0]
+    with pytest.raises(NoSpace):
+        store.commit([SetMeta(0, {"t": text + "z"})])
+    assert store.meta == {"t": text + "y"}
+    store.commit([Delete(1)])
+    store.reap()
+    store.checkpoint()
+    store.commit([SetMeta(0, {"t": text + "z"})])
+    after = Store.open(directory.after_kill())
+    assert after.meta == {"t": text + "z"} and after.volumes == {} and any(held)
 
 
 def test_writes_go_on_when_there_is_room_again():
