@@ -245,6 +245,7 @@ class StoreLocked(StoreError):
 
     exit_code = 33
     sm_fault = 37
+    xenapi_code = "SR_BACKEND_FAILURE_37"
     http_status = 409
     hint = "Stop the other simsrd, or give this one another --root."
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 from simsr.errors import BadSize
 
@@ -12,7 +13,7 @@ BLOCK_BYTES = 4096
 """The granularity of the extent map and of the checksums."""
 
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgtp])(i?b)?|b)?\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*(?:([kmgtp])(i?b)?|b)?\s*", re.IGNORECASE)
 
 
 def parse_size(text: str) -> int:
@@ -29,10 +30,8 @@ def parse_size(text: str) -> int:
         raise BadSize(size=text, reason="not a number with a unit")
     number, unit, suffix = match.groups()
     base = 1000 if suffix and suffix.lower() == "b" else 1024
-    size = float(number) * base ** _POWERS[(unit or "").lower()] if "." in number else (
-        int(number) * base ** _POWERS[(unit or "").lower()]
-    )
-    if size != int(size):
+    size = Fraction(number) * base ** _POWERS[(unit or "").lower()]
+    if size.denominator != 1:
         raise BadSize(size=text, reason="not a whole number of bytes")
     if size == 0:
         raise BadSize(size=text, reason="must be greater than zero")

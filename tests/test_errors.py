@@ -21,7 +21,6 @@ XAPI_KNOWS = {38: "SR_OPERATION_NOT_SUPPORTED", 39: "SR_NOT_EMPTY", 24: "VDI_IN_
 OWN_XENAPI_CODE = {"NotASnapshot": "REVERT_ONLY_ALLOWED_ON_SNAPSHOT"}
 """xapi finds these out itself, and then has a code of its own for them."""
 
-WRONG = {"StoreLocked": "fault 37, but the XenAPI code of StoreError, SR_BACKEND_FAILURE_200"}
 
 
 def fields(cls):
@@ -64,8 +63,6 @@ class TestEach:
         assert isinstance(cls.hint, str) and (not cls.hint or cls.hint.endswith("."))
 
     def test_the_xenapi_code_is_what_xapi_makes_of_the_fault(self, cls, request):
-        if cls.__name__ in WRONG:
-            request.applymarker(pytest.mark.xfail(reason=WRONG[cls.__name__], strict=True))
         expected = XAPI_KNOWS.get(cls.sm_fault, f"SR_BACKEND_FAILURE_{cls.sm_fault}")
         assert cls.xenapi_code == OWN_XENAPI_CODE.get(cls.__name__, expected)
 

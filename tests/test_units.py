@@ -47,7 +47,6 @@ def test_whole_numbers_are_exact(number, unit):
     assert parse_size(f"{number}{unit}") == number * base ** POWERS.get(unit[:1].lower(), 0)
 
 
-@pytest.mark.xfail(reason="fractions are computed in binary floating point: 1.07GB is refused", raises=BadSize, strict=True)
 @pytest.mark.parametrize("unit, factor", [("KB", 10**3), ("MB", 10**6), ("GB", 10**9), ("TB", 10**12)])
 def test_decimal_fractions_are_exact(unit, factor):
     for hundredths in range(1, 1000):
@@ -55,7 +54,6 @@ def test_decimal_fractions_are_exact(unit, factor):
         assert parse_size(text) == Fraction(hundredths, 100) * factor
 
 
-@pytest.mark.xfail(reason="ValueError and OverflowError instead of BadSize", raises=(ValueError, OverflowError), strict=True)
 @pytest.mark.parametrize("text", ["9" * 5000, "9" * 5000 + "GiB", "9" * 400 + ".5", "9" * 400 + ".0PiB"])
 def test_absurd_numbers_are_refused(text):
     with pytest.raises(BadSize):

@@ -20,7 +20,7 @@ from outcome import Outcome
 
 from simsr.errors import NoSpace, StoreStopped
 from simsr.store.log import FlushJob
-from simsr.store.store import Store
+from simsr.store.store import SPARES_MIN, Store
 from simsr.store.volume import Fetched, Volume, Write
 
 __all__ = ["Engine", "Disk"]
@@ -47,7 +47,8 @@ class Engine:
         self._room = trio.Condition()
         self._cold = trio.CapacityLimiter(_COLD_THREADS)
         self._upkeep_threads = trio.CapacityLimiter(2)
-        self._no_space: NoSpace | None = None
+        self._no_space: NoSpace | None = None  # why the last segment file could not be made
+        self._no_checkpoint: Exception | None = None  # why the last checkpoint failed
         store.log.on_roll = self.wake
         self.flush_waits = self.cold_reads = self.room_waits = 0
 
@@ -157,6 +158,11 @@ class Engine:
                         idle_seq = self.store.log.flush_needed_seq
                     while self.store.reap(_REAP_NODES):
                         await trio.lowlevel.checkpoint()
+                        if self.store.wants_checkpoint and self._no_checkpoint is None:
+                            self.wake()
+                except NoSpace as error:
+                    log.warning("%s", error)
+                    await self._room_changed()
                 except StoreStopped as error:
                     log.error("%s", error)
                     await self._room_changed()
@@ -167,8 +173,10 @@ class Engine:
         with trio.CancelScope(shield=True):
             try:
                 await trio.to_thread.run_sync(self.store.run_checkpoint, job, limiter=self._upkeep_threads)
-            except OSError as error:
+            except (OSError, NoSpace) as error:
+                self._no_checkpoint = error
                 self.store.end_checkpoint(job, error)
+            self._no_checkpoint = None
             self.store.end_checkpoint(job)
         await self._room_changed()
 
@@ -203,12 +211,13 @@ class Engine:
         return fits or spares * self.store.pool.data_blocks >= blocks
 
     async def make_room(self, blocks: int) -> None:
-        """Wait until `has_room`. Raises `NoSpace` when no segment file can be made, `StoreStopped`."""
+        """Wait until `has_room`. Raises `NoSpace` when no segment file can be made or reclaimed, `StoreStopped`."""
         self.wake()
         async with self._room:
             while not self.has_room(blocks):
                 self.store.log.raise_if_stopped()
-                if self._no_space is not None:
+                reclaiming = self.store.checkpointing or (self.store.wants_checkpoint and self._no_checkpoint is None)
+                if self._no_space is not None and not reclaiming:
                     raise self._no_space
                 self.room_waits += 1
                 await self._room.wait()
@@ -244,7 +253,7 @@ class Disk:
 
     def write(self, batch: Sequence[Write]) -> int:
         # Rolling to the next segment needs two spares to be there: one to use, one that stays in reserve.
-        if len(self._engine.store.pool.spares) < 3 and not self._engine.has_room(self._volume.blocks_needed(batch)):
+        if len(self._engine.store.pool.spares) < SPARES_MIN and not self._engine.has_room(self._volume.blocks_needed(batch)):
             return 0
         return self._volume.write(batch)
 

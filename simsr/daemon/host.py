@@ -297,11 +297,11 @@ class Host:
         except OSError as error:
             log.error("VDI %s gets no socket of its own: %s", vdi.uuid, error)
             return
-        self._listeners[vdi.uuid] = trio.CancelScope()
-        self._nursery.start_soon(self._serve_one, vdi.uuid, listener)
+        scope = self._listeners[vdi.uuid] = trio.CancelScope()
+        self._nursery.start_soon(self._serve_one, scope, vdi.uuid, listener)
 
-    async def _serve_one(self, uuid: str, listener: socket.socket) -> None:
-        with self._listeners[uuid], listener:
+    async def _serve_one(self, scope: trio.CancelScope, uuid: str, listener: socket.socket) -> None:
+        with scope, listener:  # which may have been cancelled before this began
             await self.nbd.serve(listener, fixed_export=uuid)
 
     def _stop_listening(self, vdi: Vdi) -> None:

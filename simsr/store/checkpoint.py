@@ -13,6 +13,7 @@ When more than half of what the map files hold is garbage, the next checkpoint w
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import struct
@@ -23,7 +24,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from crc32c import crc32c
 
-from simsr.errors import StoreDamaged
+from simsr.errors import NoSpace, StoreDamaged
 from simsr.store.extent_map import Inner, Leaf, Node, Usage
 from simsr.store.files import Directory, File
 from simsr.store.layout import Geometry, NodeRef, Super
@@ -51,6 +52,18 @@ def super_name(generation: int) -> str:
 def map_files(directory: Directory) -> list[int]:
     """The generations of the map files that are there."""
     return [int(match[1]) for name in directory.names() if (match := _MAP_NAME.fullmatch(name))]
+
+
+def write_super(directory: Directory, generation: int, data: bytes) -> None:
+    """Write a super block, durably, into the slot of ``generation``."""
+    name = super_name(generation)
+    file = directory.open(name) if name in directory.names() else directory.create(name, len(data))
+    try:
+        file.pwritev([data], 0)
+        file.datasync()
+    finally:
+        file.close()
+    directory.sync()
 
 
 def read_supers(directory: Directory) -> list[Super | int]:
@@ -111,9 +124,28 @@ class CheckpointJob:
     bytes_written: int = 0
 
     def run(self) -> None:
-        """Sync the log, write the nodes, the root table and the super block. Raises OSError, `StoreStopped`."""
+        """Sync the log, write the nodes, the root table and the super block. Raises OSError, `StoreStopped`.
+
+        Raises `NoSpace` if there is no room for the map file: nothing refers to it yet, so nothing has happened then.
+        """
         if self.flush is not None:
             self.flush.run()
+        try:
+            roots = self._write_maps()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            if map_name(self.generation) in self.directory.names():
+                self.directory.remove(map_name(self.generation))
+            raise NoSpace(name=self.directory.path, reason="there is no room for a checkpoint") from error
+        self.raise_if_stopped()  # if another flush has failed meanwhile, ours proves nothing
+        p = self.position
+        block = Super(
+            self.uuid, self.generation, self.geometry, p.seq, p.log_index, p.record_offset, p.prev_crc, roots
+        )  # fmt: skip
+        write_super(self.directory, self.generation, block.pack())
+
+    def _write_maps(self) -> NodeRef:
         file = self.directory.create(map_name(self.generation), 0)
         try:
             writer = _NodeWriter(file, self)
@@ -129,21 +161,7 @@ class CheckpointJob:
         finally:
             file.close()
         self.directory.sync()
-        self.raise_if_stopped()  # if another flush has failed meanwhile, ours proves nothing
-        p = self.position
-        block = Super(
-            self.uuid, self.generation, self.geometry, p.seq, p.log_index, p.record_offset, p.prev_crc, roots
-        )  # fmt: skip
-        name = super_name(self.generation)
-        super_file = (
-            self.directory.open(name) if name in self.directory.names() else self.directory.create(name, len(block.pack()))
-        )
-        try:
-            super_file.pwritev([block.pack()], 0)
-            super_file.datasync()
-        finally:
-            super_file.close()
-        self.directory.sync()
+        return roots
 
 
 class _NodeWriter:

@@ -89,10 +89,17 @@ class Log:
 
     # Appending.
 
-    def room(self) -> tuple[int, int]:
-        """How many data blocks, and how many bytes of records, still fit into the active segment."""
+    def room(self, freeing: bool = False) -> tuple[int, int]:
+        """How many data blocks, and how many bytes of records, still fit into the active segment.
+
+        Of the last segment there is, only records that delete or revert (``freeing``) get any.
+        """
         segment, geometry = self.active, self._pool.geometry
         if segment is None:
+            return 0, 0
+        if segment.reserve:
+            segment.reserve = not self._pool.spares
+        if segment.reserve and not freeing:
             return 0, 0
         return geometry.segment_blocks - segment.used_blocks, geometry.record_area_bytes - segment.record_end
 
@@ -106,6 +113,7 @@ class Log:
             raise self.stop(error) from error
         if self.active is not None:
             self._pool.seal(self.active)
+        segment.reserve = not self._pool.spares
         self.active = segment
         self._next_log_index = segment.log_index + 1
         if self.on_roll is not None:
@@ -161,7 +169,7 @@ class Log:
         self.durable_seq = job.seq
         self.flushes += 1
         self._unsynced = [segment for segment in self._unsynced if segment.last_seq > job.seq]
-        if self.room()[1] >= layout.RECORD_BYTES:  # also when more was appended meanwhile: nothing may follow it
+        if self.room(freeing=True)[1] >= layout.RECORD_BYTES:  # also when more was appended meanwhile: nothing may follow it
             self.append(layout.MARK, 0, b"")
 
     def flush(self) -> None:

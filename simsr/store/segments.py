@@ -43,7 +43,7 @@ class Segment:
     """One segment file and, while it is in use, its place in the log."""
 
     __slots__ = (
-        "slot", "file", "state", "area", "log_index", "salt", "first_seq", "last_seq", "used_blocks", "record_end", "pins",
+        "slot", "file", "state", "area", "log_index", "salt", "first_seq", "last_seq", "used_blocks", "record_end", "pins", "reserve",
     )  # fmt: skip
 
     def __init__(self, slot: int, file: File) -> None:
@@ -53,6 +53,7 @@ class Segment:
         self.area: Area | None = None
         self.log_index = self.salt = self.first_seq = self.last_seq = 0
         self.used_blocks = self.record_end = 0
+        self.reserve = False  # taken into use when it was the last one
         self.pins = 0  # reads under way in worker threads
 
     def __repr__(self) -> str:

@@ -82,6 +82,7 @@ _OP_NAMES = {kind: name for name, kind in _OPS.items()}
 _SIZE_MAX_BYTES = BLOCK << (64 - layout.START_SHIFT)
 CHECKPOINT_LOG_BYTES = 256 << 20
 CHECKPOINT_RECORDS = 1 << 16
+SPARES_MIN = 3
 
 
 class Store:
@@ -108,7 +109,7 @@ class Store:
         self._map_bytes: dict[int, int] = {}
         self._map_garbage: list[int] = []
         self._frozen: list[Node | None] = []
-        self._checkpointing = False
+        self.checkpointing = False
         self._checkpoint_seq = 0
         self._checkpoint_blocks = self._checkpoint_records = 0
         self.log: Log
@@ -282,8 +283,9 @@ class Store:
             layout.MAX_RECORD_BYTES, self.geometry.record_area_bytes - layout.HEADER_BYTES
         ):
             raise NoSpace(name=self.directory.path, reason=f"{len(payload)} bytes of metadata do not fit into one record")
-        if self.log.room()[1] < layout.RECORD_BYTES + len(payload) + layout.RECORD_UNIT:
-            self.log.roll(keep=0)
+        freeing = all(isinstance(op, Delete | Reset) for op in ops)
+        if self.log.room(freeing)[1] < layout.RECORD_BYTES + len(payload) + layout.RECORD_UNIT:
+            self.log.roll(keep=0 if freeing else 1)
         self.log.append(layout.COMMIT, 0, payload)
         self._apply(ops)
 
@@ -358,18 +360,19 @@ class Store:
 
     @property
     def wants_checkpoint(self) -> bool:
-        """Whether enough was logged since the last checkpoint for another one."""
+        """Whether enough was logged since the last checkpoint for another one, or it would give spares that are needed."""
         log = self.log
         return log.failure is None and (
-            (log.blocks_appended - self._checkpoint_blocks) * BLOCK >= CHECKPOINT_LOG_BYTES
+            (len(self.pool.spares) < SPARES_MIN and bool(self.pool.dead()))
+            or (log.blocks_appended - self._checkpoint_blocks) * BLOCK >= CHECKPOINT_LOG_BYTES
             or log.records_appended - self._checkpoint_records >= CHECKPOINT_RECORDS
         )
 
     def begin_checkpoint(self) -> CheckpointJob:
         """Freeze the state; O(volumes). One checkpoint at a time. Raises `StoreStopped`."""
         self.log.raise_if_stopped()
-        assert not self._checkpointing, "a checkpoint is under way already"
-        self._checkpointing = True
+        assert not self.checkpointing, "a checkpoint is under way already"
+        self.checkpointing = True
         roots = []
         for volume in self.volumes.values():
             line = {
@@ -394,12 +397,17 @@ class Store:
         job.run()
 
     def end_checkpoint(self, job: CheckpointJob, error: BaseException | None = None) -> None:
-        """Note that ``job`` has run: dead segments become spares. With an ``error`` the log stops."""
-        if error is not None:
+        """Note that ``job`` has run: dead segments become spares. With an ``error`` the log stops, unless it is `NoSpace`:
+        then the store goes on as before."""
+        if error is not None and not isinstance(error, NoSpace):
             self._unfreeze()
             raise self.log.stop(error) from error
         for generation in self._map_garbage:
             self._map_bytes.pop(generation, None)
+        self._map_garbage = []
+        if error is not None:
+            self._unfreeze()
+            raise error
         for node, home in job.homes.values():
             self.usage.left_home(node)
             self.usage.came_home(node, home)
@@ -418,14 +426,14 @@ class Store:
     def _unfreeze(self) -> None:
         for root in self._frozen:
             self.usage.drop(root)
-        self._frozen, self._checkpointing = [], False
+        self._frozen, self.checkpointing = [], False
 
     def checkpoint(self) -> None:
         """Write a checkpoint here and now. Blocks."""
         job = self.begin_checkpoint()
         try:
             self.run_checkpoint(job)
-        except OSError as error:
+        except (OSError, NoSpace) as error:
             self.end_checkpoint(job, error)
         self.end_checkpoint(job)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import quote
 
@@ -354,7 +354,8 @@ def test_waiting_for_a_client_to_leave(api):
     with Nbd(disk["nbd_socket"]) as nbd, ThreadPoolExecutor(len(requests)) as pool:
         nbd.write(0, b"x" * BLOCK)
         answers = [pool.submit(api.send, *request) for request in requests]
-        threading.Timer(0.2, nbd.close).run()
+        time.sleep(0.1)
+        nbd.close()
         answers = [answer.result() for answer in answers]
     assert sorted(answer.status_code for answer in answers[:3]) == [204, 404, 404]
     for answer in answers:

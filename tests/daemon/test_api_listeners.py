@@ -34,7 +34,6 @@ async def come_and_go(folder: str, host: Host) -> None:
     assert os.listdir(f"{folder}/nbd") == [f"{snapshot.uuid}.sock"]
 
 
-@pytest.mark.xfail(reason="the task of a socket looks its cancel scope up too late: KeyError, and the daemon ends", strict=True)
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # of the sockets that are left over when it fails
 async def test_a_socket_that_goes_before_it_was_served():
     failure = ""

@@ -17,16 +17,12 @@ import time
 import tomllib
 from pathlib import Path
 
-import httpx
 import pytest
 from daemon_tools import Simsrd, short_directory, simsrd_command
-from nbd_wire import WireClient
+from nbd_wire import FUA, MIB, READ, WRITE, WireClient
 
-from nbd_export import constants as c
 from simsr.daemon.main import _split_address
 from simsr.errors import BadRequest
-
-MIB = 1 << 20
 
 
 def run(*arguments: str, timeout_s: float = 60, **options) -> subprocess.CompletedProcess:
@@ -66,9 +62,7 @@ def test_help():
     assert done.returncode == 0 and all(word in done.stdout for word in ("--root", "--socket", "--nbd-socket", "--nbd-tcp"))
 
 
-@pytest.mark.parametrize(
-    "arguments", [[], ["--root", "x", "--log-level", "loud"]], ids=" ".join
-)
+@pytest.mark.parametrize("arguments", [[], ["--root", "x", "--log-level", "loud"]], ids=" ".join)
 def test_wrong_arguments(arguments, folder):
     assert "usage: simsrd" in refused(*arguments, cwd=folder, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
 
@@ -79,7 +73,7 @@ def test_plain_tcp_is_for_loopback_only(root, address):
     assert address in said and "loopback" in said
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.1:", ":10809", "127.0.0.1:99999", "127.0.0.1:-1", "127.0.0.1:http", ""])
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.1:", ":10809", "127.0.0.1:99999", "localhost:nbd", ""])
 def test_addresses_that_are_none(address):
     with pytest.raises(BadRequest, match="HOST:PORT"):
         _split_address(address)
@@ -186,7 +180,7 @@ def test_a_stop_while_clients_are_busy(simsrd):
             try:
                 while True:
                     for n in range(64):
-                        client.send(c.NBD_CMD_WRITE, n * 4096, payload=b"x" * 4096, flags=n % 7 == 0 and c.NBD_CMD_FLAG_FUA)
+                        client.send(WRITE, n * 4096, payload=b"x" * 4096, flags=n % 7 == 0 and FUA)
                     while client.reader.waiting:
                         client.receive()
             except OSError:
@@ -210,7 +204,7 @@ def test_a_stop_with_idle_and_stubborn_clients(simsrd):
     stubborn.sock.setblocking(False)
     with pytest.raises(BlockingIOError):
         while True:
-            stubborn.send(c.NBD_CMD_READ, 0, 8 * MIB)
+            stubborn.send(READ, 0, 8 * MIB)
     in_handshake = socket.socket(socket.AF_UNIX)
     in_handshake.connect(simsrd.nbd_socket)
     silent_http = socket.socket(socket.AF_UNIX)
@@ -350,129 +344,6 @@ def test_srs_that_come_and_go_leave_no_descriptors_behind(daemon):
         time.sleep(0.05)
     assert daemon.fds() <= before
     assert daemon.get(f"/v1/vdis/{vdi['uuid']}")["uuid"] == vdi["uuid"]
-
-
-# --- systemd -----------------------------------------------------------------------------------------------------
-
-_ACTIVATE = """
-import os, sys
-fds = [int(fd) for fd in sys.argv[1].split(",")]
-for target, fd in enumerate(fds, 3):
-    os.dup2(fd, target, inheritable=True)
-os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(len(fds)), LISTEN_FDNAMES=":".join("x" * len(fds)))
-os.execv(sys.executable, [sys.executable, "-m", "simsr.daemon.main", *sys.argv[2:]])
-"""
-
-
-class Activated:
-    """A simsrd started with sockets that it inherits, as systemd starts it."""
-
-    def __init__(self, sockets: list[socket.socket], notify: socket.socket, *arguments: str) -> None:
-        # High numbers first, so that dup2 onto 3, 4... overwrites none that is still needed.
-        fds = [os.dup(sock.fileno()) for sock in sockets]
-        high = [self._move_up(fd) for fd in fds]
-        self._notify = notify
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", _ACTIVATE, ",".join(map(str, high)), *arguments],
-            env={**os.environ, "NOTIFY_SOCKET": notify.getsockname()}, pass_fds=high,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
-        for fd in high:
-            os.close(fd)
-
-    @staticmethod
-    def _move_up(fd: int) -> int:
-        import fcntl
-
-        high = fcntl.fcntl(fd, fcntl.F_DUPFD, 100)
-        os.close(fd)
-        return high
-
-    def told(self) -> str:
-        """The next state that it told systemd."""
-        self._notify.settimeout(60)
-        return self._notify.recv(1000).decode()
-
-    def stop(self) -> tuple[int, str]:
-        self.process.terminate()
-        _, said = self.process.communicate(timeout=60)
-        return self.process.returncode, said.decode()
-
-
-def listening(path: str) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX)
-    sock.bind(path)
-    sock.listen()
-    return sock
-
-
-@pytest.fixture
-def notified(folder):
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        sock.bind(f"{folder}/notify")
-        yield sock
-
-
-def api_at(path: str) -> httpx.Client:
-    return httpx.Client(transport=httpx.HTTPTransport(uds=path), base_url="http://simsrd", timeout=60)
-
-
-def test_systemd_passes_the_control_socket(root, folder, notified):
-    path = f"{folder}/anything"
-    with listening(path) as control, api_at(path) as api:
-        daemon = Activated([control], notified, "--root", root)
-        try:
-            assert "READY=1" in daemon.told()
-            assert api.get("/v1/daemon").json()["root"] == root
-            assert not os.path.exists(f"{root}/control.sock") and os.path.exists(f"{root}/nbd.sock")
-            status, said = daemon.stop()
-            assert status == 0, said
-            assert "STOPPING=1" in daemon.told()
-            assert os.path.exists(path), "the socket belongs to systemd, which goes on listening"
-        finally:
-            daemon.process.kill()
-            daemon.process.wait()
-
-
-def test_systemd_passes_all_sockets(root, folder, notified):
-    paths = f"{folder}/nbd-of-systemd", f"{folder}/control.sock"
-    with listening(paths[0]) as nbd, listening(paths[1]) as control, api_at(paths[1]) as api:
-        with socket.create_server(("127.0.0.1", 0)) as tcp:
-            daemon = Activated([nbd, control, tcp], notified, "--root", root)
-            try:
-                assert "READY=1" in daemon.told()
-                api.post("/v1/srs", json={"name": "sr"}).raise_for_status()
-                vdi = api.post("/v1/vdis", json={"size_bytes": MIB}).raise_for_status().json()
-                assert vdi["nbd_uri"].endswith(f"?socket={paths[0]}")
-                with WireClient.connect(paths[0], vdi["uuid"]) as client:
-                    client.write(0, b"s" * 512)
-                with socket.create_connection(tcp.getsockname()) as sock:
-                    assert sock.recv(8) == b"NBDMAGIC"
-                assert not os.path.exists(f"{root}/nbd.sock")
-                status, said = daemon.stop()
-                assert status == 0, said
-                assert os.path.exists(paths[0]) and os.path.exists(paths[1])
-            finally:
-                daemon.process.kill()
-                daemon.process.wait()
-
-
-def test_sockets_meant_for_another_process_are_left_alone(root):
-    """LISTEN_PID tells whose they are; a child of an activated service may see the variables of its parent."""
-    simsrd = Simsrd(root, environment={"LISTEN_PID": "1", "LISTEN_FDS": "3"})
-    try:
-        simsrd.start().stop_cleanly()
-    finally:
-        simsrd.end()
-
-
-@pytest.mark.parametrize("address", ["/nowhere/notify", "@nobody-listens-here"])
-def test_a_notify_socket_that_nobody_reads(root, address):
-    simsrd = Simsrd(root, environment={"NOTIFY_SOCKET": address})
-    try:
-        simsrd.start().stop_cleanly()
-    finally:
-        simsrd.end()
 
 
 # --- The rest ----------------------------------------------------------------------------------------------------

@@ -136,7 +136,6 @@ async def test_a_full_store_says_so_and_works_again_when_something_was_deleted()
         assert await read(second, 0, 1 << 20) == b"4" * (1 << 20)
 
 
-@pytest.mark.xfail(strict=True, reason="segments that are dead already are not reclaimed before a write is refused")
 async def test_a_disk_can_be_overwritten_for_ever_in_little_space():
     """What is dead must be reclaimed, by a checkpoint, before anybody is told that there is no space."""
     directory = MemoryDirectory()
@@ -160,7 +159,6 @@ class FullHost:
             raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.xfail(strict=True, reason="a checkpoint that finds no space stops the store for good")
 async def test_a_checkpoint_that_finds_no_space_is_put_off():
     """Nothing refers to its file yet, so nothing is lost; deleting must go on working, for it is the way out."""
     directory = MemoryDirectory()

@@ -17,13 +17,11 @@ from collections.abc import Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
-import pytest
 import trio
 from daemon_tools import Simsrd
 from fake_disks import Client
-from nbd_wire import WireClient
+from nbd_wire import CACHE, FLUSH, FUA, MIB, READ, WRITE, ZEROES, WireClient
 
-from nbd_export import constants as c
 from nbd_export.handshake import ExportInfo
 from nbd_export.server import NbdServer, listen_unix
 from simsr.daemon.engine import Disk, Engine
@@ -31,8 +29,6 @@ from simsr.store.files import DiskDirectory, DiskFile
 from simsr.store.layout import Geometry
 from simsr.store.store import Create, Store
 
-READ, WRITE, FLUSH, CACHE, ZEROES = c.NBD_CMD_READ, c.NBD_CMD_WRITE, c.NBD_CMD_FLUSH, c.NBD_CMD_CACHE, c.NBD_CMD_WRITE_ZEROES
-MIB = 1 << 20
 SMALL = Geometry(segment_blocks=512, record_blocks=16)
 TIMEOUT_S = 30
 
@@ -182,7 +178,7 @@ async def test_every_kind_of_request_for_a_cold_disk_leaves_the_others_alone(fol
         hot = await connect("hot")
         requests = [
             (READ, 100, 2 * MIB), (READ, 0, 1), (CACHE, 0, MIB), (WRITE, 4096 * 9 + 100, 0, b"unaligned"),
-            (ZEROES, 4096 * 20 + 1, 5000), (WRITE, 4096 * 30 + 4000, 0, b"x" * 600, c.NBD_CMD_FLAG_FUA),
+            (ZEROES, 4096 * 20 + 1, 5000), (WRITE, 4096 * 30 + 4000, 0, b"x" * 600, FUA),
         ]  # fmt: skip
         sent = []
         for one in requests:
@@ -250,7 +246,7 @@ async def test_a_client_that_leaves_while_its_cold_reads_wait(folder):
 # --- For real ----------------------------------------------------------------------------------------------------
 
 HOT_BYTES, COLD_BYTES = 8 * MIB, 192 * MIB
-ATTEMPTS = 3
+ATTEMPTS = 5
 MEASURE_S = 1.0
 RATIO_MAX = 3.0
 COLD_IN_FLIGHT = 1
@@ -258,7 +254,7 @@ COLD_IN_FLIGHT = 1
 _COLD_READER = """
 import random, sys
 sys.path[:0] = sys.argv[5:]
-from nbd_wire import WireClient
+from nbd_wire import CACHE, FLUSH, FUA, MIB, READ, WRITE, ZEROES, WireClient
 rng = random.Random(int(sys.argv[3]))
 with WireClient.connect(sys.argv[1]) as client:
     print("reading", flush=True)
@@ -323,9 +319,9 @@ def measure(simsrd: Simsrd, hot: dict, cold: dict, seed: int) -> tuple[float, fl
         client.read(0, HOT_BYTES)
         alone = p99_of_hot_reads(client, rng)
         tests = Path(__file__).parents[1]
-        numbers = [str(COLD_BYTES), str(seed), str(COLD_IN_FLIGHT)]
-        command = [sys.executable, "-c", _COLD_READER, cold["nbd_socket"], *numbers, str(tests / "nbd_export"), str(tests.parent)]
-        reader = subprocess.Popen(command, stdout=subprocess.PIPE)
+        arguments = [cold["nbd_socket"], str(COLD_BYTES), str(seed), str(COLD_IN_FLIGHT)]
+        paths = [str(tests / "nbd_export"), str(tests.parent)]
+        reader = subprocess.Popen([sys.executable, "-c", _COLD_READER, *arguments, *paths], stdout=subprocess.PIPE)
         try:
             assert reader.stdout.readline() == b"reading\n"
             before = cold_reads(simsrd)

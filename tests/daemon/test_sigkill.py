@@ -20,9 +20,7 @@ import httpx
 import numpy as np
 import pytest
 from daemon_tools import Simsrd
-from nbd_wire import WireClient
-
-from nbd_export import constants as c
+from nbd_wire import FLUSH, FUA, READ, TRIM, WRITE, ZEROES, WireClient
 
 BLOCK = 4096
 KILLS = 50
@@ -32,11 +30,6 @@ TOLD_BLOCKS = 64
 WRITERS = 3
 IN_FLIGHT = 48
 SNAPSHOTS_MAX = 4
-
-READ, WRITE, ZEROES, TRIM, FLUSH = (
-    c.NBD_CMD_READ, c.NBD_CMD_WRITE, c.NBD_CMD_WRITE_ZEROES, c.NBD_CMD_TRIM, c.NBD_CMD_FLUSH,
-)  # fmt: skip
-FUA = c.NBD_CMD_FLAG_FUA
 
 _GONE = (OSError, httpx.TransportError)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import random
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,11 +42,14 @@ class Rig:
 
 
 @pytest.fixture
-async def rig(nursery):
+async def rig(nursery, caplog):
+    """A server with the disk "disk". It must not meet anything that it calls a bug."""
     with short_directory() as folder:
         rig = Rig(nursery, f"{folder}/nbd.sock")
         yield rig
         rig.close()
+    bugs = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+    assert not bugs, bugs
 
 
 @pytest.fixture
@@ -81,3 +86,23 @@ def make_vdi(shared: Simsrd) -> Iterator[Callable[..., dict]]:
     for vdi in shared.get("/v1/vdis"):
         if vdi["uuid"] in made or vdi["snapshot_of"] in made:
             shared.delete(f"/v1/vdis/{vdi['uuid']}")
+
+
+@pytest.fixture
+def disk(make_vdi: Callable[..., dict]) -> dict:
+    """A disk of 32 MiB in the shared daemon."""
+    return make_vdi(32 << 20, "interop disk")
+
+
+@pytest.fixture
+def image(folder) -> Path:
+    """A file of 32 MiB with data, zeros and holes."""
+    path = Path(folder, "image")
+    rng = random.Random(32)
+    with open(path, "wb") as file:
+        for at in range(0, 32 << 20, 1 << 20):
+            if (at >> 20) % 3 == 0:
+                file.seek(at)
+                file.write(rng.randbytes(700 << 10))
+        file.truncate(32 << 20)
+    return path

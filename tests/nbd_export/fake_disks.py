@@ -12,17 +12,18 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import trio
-from nbd_wire import MODERN, Reply, ReplyReader, option, request, set_meta_context, go
+from nbd_wire import MODERN, Reply, ReplyReader, go, option, request, set_meta_context
 
 from nbd_export import constants as c
 from nbd_export.disk import Write
 from nbd_export.handshake import ExportInfo
 from simsr.errors import SimsrError
 
-__all__ = ["FakeDisk", "FakeDisks", "Client", "pattern", "SIZE_BYTES", "LARGE_BYTES"]
+__all__ = ["FakeDisk", "FakeDisks", "Client", "pattern", "SIZE_BYTES", "LARGE_BYTES", "TIMEOUT_S", "until"]
 
 SIZE_BYTES = 4 << 20
 LARGE_BYTES = 48 << 20
+TIMEOUT_S = 20
 
 
 _CONTENT = np.arange(1, LARGE_BYTES // 8 + 1, dtype=">u8").tobytes()
@@ -31,6 +32,13 @@ _CONTENT = np.arange(1, LARGE_BYTES // 8 + 1, dtype=">u8").tobytes()
 def pattern(offset: int, length: int) -> bytes:
     """What a FakeDisk holds at the start: no two aligned 8-byte words are equal."""
     return _CONTENT[offset : offset + length]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait until something has come about in another task."""
+    with trio.fail_after(TIMEOUT_S):
+        while not condition():
+            await trio.sleep(0.002)
 
 
 class FakeDisk:
@@ -190,7 +198,9 @@ class Client:
         self._cookie = 0
 
     @classmethod
-    async def connect(cls, path: str, name: str, *, structured: bool = False, meta: tuple[str, ...] = (), tail: bytes = b"") -> Client:
+    async def connect(
+        cls, path: str, name: str, *, structured: bool = False, meta: tuple[str, ...] = (), tail: bytes = b""
+    ) -> Client:
         """Connect and shake hands; ``tail`` is sent along with the last option."""
         stream = trio.SocketStream(await _connected(path))
         client = cls(stream, structured)
@@ -248,7 +258,7 @@ class Client:
             raise EOFError("the server closed the connection")
         self.reader.feed(data)
 
-    async def reply(self, cookie: int, timeout_s: float = 20) -> Reply:
+    async def reply(self, cookie: int, timeout_s: float = TIMEOUT_S) -> Reply:
         with trio.fail_after(timeout_s):
             while cookie not in self.reader.replies:
                 await self.receive()
@@ -267,7 +277,7 @@ class Client:
             return False
         return True
 
-    async def at_end(self, timeout_s: float = 20) -> bool:
+    async def at_end(self, timeout_s: float = TIMEOUT_S) -> bool:
         """Take what still comes; True when the server has closed, cleanly or with a reset."""
         with trio.fail_after(timeout_s):
             try:

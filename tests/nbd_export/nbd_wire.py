@@ -14,7 +14,11 @@ from typing import NamedTuple
 
 from nbd_export import constants as c
 
-__all__ = ["Chunk", "Reply", "ReplyReader", "WireClient", "request", "option", "go", "shake_hands_bytes", "export_name"]
+READ, WRITE, FLUSH, TRIM = c.NBD_CMD_READ, c.NBD_CMD_WRITE, c.NBD_CMD_FLUSH, c.NBD_CMD_TRIM
+CACHE, ZEROES, STATUS, DISC = c.NBD_CMD_CACHE, c.NBD_CMD_WRITE_ZEROES, c.NBD_CMD_BLOCK_STATUS, c.NBD_CMD_DISC
+FUA, NO_HOLE, DF, REQ_ONE = c.NBD_CMD_FLAG_FUA, c.NBD_CMD_FLAG_NO_HOLE, c.NBD_CMD_FLAG_DF, c.NBD_CMD_FLAG_REQ_ONE
+FAST_ZERO = c.NBD_CMD_FLAG_FAST_ZERO
+KIB, MIB = 1 << 10, 1 << 20
 
 REQUEST = struct.Struct(">IHHQQI")
 MODERN = struct.pack(">I", c.NBD_FLAG_C_FIXED_NEWSTYLE | c.NBD_FLAG_C_NO_ZEROES)

@@ -12,13 +12,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from nbd_wire import MODERN, WireClient, export_name, go, option, request, shake_hands_bytes
+from nbd_wire import (
+    FLUSH,
+    MIB,
+    MODERN,
+    READ,
+    TRIM,
+    WRITE,
+    ZEROES,
+    WireClient,
+    export_name,
+    go,
+    option,
+    request,
+    shake_hands_bytes,
+)
 
 from nbd_export import constants as c
 
-MIB = 1 << 20
 DEADLINE_S = 60
-READ, WRITE, FLUSH, TRIM, ZEROES = c.NBD_CMD_READ, c.NBD_CMD_WRITE, c.NBD_CMD_FLUSH, c.NBD_CMD_TRIM, c.NBD_CMD_WRITE_ZEROES
 NOISE_ROUNDS = 300
 
 
@@ -81,7 +93,8 @@ def send_what_it_takes(sock: socket.socket, data: bytes) -> None:
 
 @pytest.mark.parametrize(
     "said",
-    [b"\xff\xff\xff\xff", MODERN + b"IHAVEOPX" + bytes(8), MODERN + bytes(16), MODERN + option(99)[:8] + b"\0\0\0\1\xff\xff\xff\xff",
+    [b"\xff\xff\xff\xff", MODERN + b"IHAVEOPX" + bytes(8), MODERN + bytes(16),
+     MODERN + b"IHAVEOPT" + b"\0\0\0\x63\xff\xff\xff\xff",
      MODERN + b"IHAVEOPT" + struct.pack(">II", c.NBD_OPT_GO, 0xFFFFFFFF), MODERN + export_name(b"nobody"),
      MODERN + export_name(b"\xff" * 300), b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", MODERN + option(c.NBD_OPT_LIST) * 100],
 )  # fmt: skip
@@ -125,7 +138,8 @@ def test_a_handshake_that_stops_at_every_byte(shared, disk):
 @pytest.mark.parametrize(
     "said",
     [bytes(28), b"\xff" * 28, request(READ, 1)[::-1], request(WRITE, 1, 0, 0xFFFFFFFF), request(WRITE, 1, 0, 33 * MIB),
-     struct.pack(">I", c.NBD_EXTENDED_REQUEST_MAGIC) + bytes(28), struct.pack(">IIQ", c.NBD_SIMPLE_REPLY_MAGIC, 0, 1) + bytes(12)],
+     struct.pack(">I", c.NBD_EXTENDED_REQUEST_MAGIC) + bytes(28),
+     struct.pack(">IIQ", c.NBD_SIMPLE_REPLY_MAGIC, 0, 1) + bytes(12)],
 )  # fmt: skip
 def test_what_is_no_request_closes_the_connection(shared, disk, said):
     client = WireClient.connect(disk["nbd_socket"], timeout_s=DEADLINE_S)
@@ -318,7 +332,8 @@ def test_zeroing_a_disk_that_is_far_larger_than_the_space_for_it(shared, make_vd
 
 def test_the_control_socket_is_not_impressed_either(shared):
     rng = random.Random(5)
-    for said in (bytes(1000), rng.randbytes(5000), b"GET /" + b"x" * 100_000, b"POST /v1/vdis HTTP/1.1\r\nContent-Length: 99\r\n\r\n"):
+    half = b"POST /v1/vdis HTTP/1.1\r\nContent-Length: 99\r\n\r\n"
+    for said in (bytes(1000), rng.randbytes(5000), b"GET /" + b"x" * 100_000, half):
         with socket.socket(socket.AF_UNIX) as sock:
             sock.connect(shared.socket)
             send_what_it_takes(sock, said)

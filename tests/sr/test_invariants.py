@@ -314,10 +314,6 @@ def test_inv10_refused_writes_do_not_use_up_what_is_reserved():
         assert content(disk) == content(snapshot)
 
 
-RESERVE = "the segment kept for reverts and deletions is given to any record without data, and then to data as well"
-
-
-@pytest.mark.xfail(reason=RESERVE, raises=NoSpace, strict=True)
 def test_inv10_other_changes_leave_the_reserve_alone():
     """Metadata is refused before the last room is gone, so that there is some for the changes that free space."""
     world, disks, snapshots = full(3)
@@ -330,7 +326,6 @@ def test_inv10_other_changes_leave_the_reserve_alone():
         assert sr.revert(first).changed and sr.revert(second).changed
 
 
-@pytest.mark.xfail(reason=RESERVE, raises=NoSpace, strict=True)
 def test_inv10_writes_leave_the_reserve_alone():
     """A revert that had to begin the reserve does not open it to the writes that follow."""
     world, disks, snapshots = full(3)

@@ -297,7 +297,10 @@ class Driver:
                 job.run()
                 self.store.end_flush(job)
             else:
-                self.store.run_checkpoint(job)
+                try:
+                    self.store.run_checkpoint(job)
+                except NoSpace as error:
+                    self.store.end_checkpoint(job, error)
                 self.store.end_checkpoint(job)
 
     def end_jobs(self) -> None:

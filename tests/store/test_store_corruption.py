@@ -209,16 +209,16 @@ def test_lost_super_block_after_a_dropped_tail():
 
 
 @pytest.mark.parametrize("flushed", [False, True])
-def test_lost_super_block_after_a_torn_tail_of_two_segments(flushed):
+def test_lost_super_block_after_a_torn_tail_of_many_segments(flushed):
     """A segment that recovery left out, because the log before it was torn, does not hide the ones after it."""
     directory, store = make()
-    volume = disk(store, 64)
+    volume = disk(store, 100)
     store.close()
     store = Store.open(directory)
     volume = store.volumes[1]
     first = store.log.active
     places = []
-    for tag in range(40):
+    for tag in range(100):
         places.append((store.log.active, store.log.active.record_end))
         put(volume, tag * BLOCK, content(tag + 1))
     directory = cut(directory, "all")
@@ -226,7 +226,7 @@ def test_lost_super_block_after_a_torn_tail_of_two_segments(flushed):
     zero_out(directory, segment_name(first.slot), torn, 64)
     store = Store.open(directory)
     volume = store.volumes[1]
-    assert everything(volume) == b"".join(content(tag + 1) for tag in range(20)).ljust(64 * BLOCK, b"\0")
+    assert everything(volume) == b"".join(content(tag + 1) for tag in range(20)).ljust(100 * BLOCK, b"\0")
     put(volume, 0, content(100))
     if flushed:
         store.flush()

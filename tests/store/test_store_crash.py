@@ -12,7 +12,7 @@ import random
 from store_kit import TINY, UUID, Driver, Kill, Witness, content, cut, disk, everything, make, put
 
 from simsr.errors import StoreDamaged, StoreFormat
-from simsr.store.layout import BLOCK
+from simsr.store.layout import BLOCK, Geometry
 from simsr.store.memory import SECTOR_BYTES, MemoryDirectory
 from simsr.store.segments import segment_name
 from simsr.store.store import Store
@@ -20,6 +20,7 @@ from simsr.store.store import Store
 HISTORIES = 200
 STEPS_MAX = 45
 CHECKS_A_HISTORY = 18
+GEOMETRIES = (TINY, Geometry(8, 1, 1), Geometry(16, 2, 3))
 STYLES = ("none", "all", "some", "some", "some")
 
 
@@ -40,7 +41,7 @@ class Crash:
 
     def run(self) -> None:
         self.directory.on_step = self.on_step
-        self.store = Store.create(self.directory, UUID, TINY)
+        self.store = Store.create(self.directory, UUID, self.sampler.choice(GEOMETRIES))
         self.created = True
         self.witness.attach(self.store)
         driver = Driver(self.rng)
