@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,7 @@ MANY_COROUTINES = ["-m", "8"]
 
 STOP_TIMEOUT_S = 5.0
 
+_INTERRUPTS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 _PROGRESS = re.compile(rb"\((\d+\.\d+)/100%\)")
 
 
@@ -63,22 +65,29 @@ def convert(arguments: list[str], *, action: str, path: str, size_bytes: int) ->
     """
     command = [_qemu_img(action), "convert", "-p", *MANY_COROUTINES, *arguments]
     with tempfile.TemporaryFile() as complaints, _progress_bar(action, path, size_bytes) as show:
-        child = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=complaints,
-            env=_c_locale(),
-            process_group=0,
-        )
+        child = None
+        # A Ctrl-C between the child's birth and our knowing it would leave it running.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)
         try:
+            child = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=complaints,
+                env=_c_locale(),
+                process_group=0,
+                preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, mask),
+            )
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             assert child.stdout is not None
             with child.stdout as output:
                 for percent in _percentages(output.fileno()):
                     show(percent)
             status = child.wait()
         finally:
-            _stop(child)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            if child is not None:
+                _stop(child)
         complaints.seek(0)
         if status != 0:
             raise FileFailure(action=action, path=path, reason=_last_words(complaints.read()))

@@ -406,6 +406,7 @@ class Store:
             self._map_bytes.pop(generation, None)
         self._map_garbage = []
         if error is not None:
+            self._generation -= 1  # else the next one would write over the super block that holds
             self._unfreeze()
             raise error
         for node, home in job.homes.values():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import random
 
 import pytest
 from store_kit import TINY, Driver, Kill, Witness, content, cut, disk, everything, make, put, zero
 
-from simsr.errors import StoreDamaged
+from simsr.errors import NoSpace, StoreDamaged
 from simsr.store import checkpoint as ckpt
 from simsr.store.checkpoint import map_name
 from simsr.store.extent_map import Inner, Leaf
@@ -174,6 +175,34 @@ def test_super_blocks_alternate_and_the_newest_is_never_written_over():
         store.checkpoint()
     assert len(witness) == 5
     store.close()
+
+
+def test_a_checkpoint_without_room_does_not_send_the_next_one_over_the_newest_super_block():
+    directory, store = make()
+    volume = disk(store, 8)
+    put(volume, 0, content(1))
+    store.checkpoint()
+    found = {name: block.generation for name, block in supers(directory).items()}
+    newest_name = max(found, key=found.__getitem__)
+    written: list[str] = []
+
+    def on_step(what: str) -> None:
+        if what.startswith("write map"):
+            raise OSError(errno.ENOSPC, "injected")
+        if what.startswith("write super"):
+            written.append(what.split()[1])
+
+    for _ in range(3):
+        directory.on_step = on_step
+        with pytest.raises(NoSpace, match="no room for a checkpoint"):
+            store.checkpoint()
+    directory.on_step = lambda what: on_step(what) if what.startswith("write super") else None
+    put(volume, 0, content(2))
+    store.checkpoint()
+    assert written and newest_name not in written
+    assert len(map_files(directory)) <= 2
+    store._check()
+    assert everything(Store.open(directory.after_kill()).volumes[1])[:BLOCK] == content(2)
 
 
 @pytest.mark.parametrize("stop_at", ["create map", "write map", "sync map", "write super", "sync super"])
