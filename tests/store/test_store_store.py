@@ -9,7 +9,7 @@ import struct
 import pytest
 from store_kit import TINY, UUID, Driver, Kill, Witness, content, cut, disk, everything, make, put
 
-from simsr.errors import BadRequest, NoSpace, SimsrError, StoreError, StoreFormat, StoreLocked, StoreStopped
+from simsr.errors import BadRequest, NoSpace, SimsrError, StoreError, StoreFormat, StoreLocked
 from simsr.store.layout import BLOCK, Geometry, crc32c
 from simsr.store.memory import MemoryDirectory
 from simsr.store.store import Create, Delete, Reset, Resize, SetMeta, Store
@@ -112,6 +112,24 @@ def test_an_io_error_while_recovering_can_be_repeated(step):
     for _ in range(2):
         with pytest.raises(StoreError, match="injected"):
             Store.open(directory)
+    directory.on_step = None
+    assert everything(Store.open(directory).volumes[1])[:BLOCK] == content(1)
+
+
+def test_opening_without_room_for_a_checkpoint_can_be_repeated():
+    directory, store = make()
+    put(disk(store, 4), 0, content(1))
+    directory = directory.after_kill()
+
+    def on_step(what: str) -> None:
+        if what.startswith("write map"):
+            raise OSError(errno.ENOSPC, "injected")
+
+    directory.on_step = on_step
+    for _ in range(3):
+        with pytest.raises(NoSpace, match="no room for a checkpoint"):
+            Store.open(directory)
+        assert not directory._locked
     directory.on_step = None
     assert everything(Store.open(directory).volumes[1])[:BLOCK] == content(1)
 
