@@ -44,6 +44,7 @@ class Engine:
         self._flush_waiters: list[tuple[int, Callable[[Exception | None], None]]] = []
         self._upkeep = trio.Event()
         self._spares_wanted = trio.Event()
+        self._one_checkpoint = trio.Lock()
         self._room = trio.Condition()
         self._cold = trio.CapacityLimiter(_COLD_THREADS)
         self._upkeep_threads = trio.CapacityLimiter(2)
@@ -168,7 +169,12 @@ class Engine:
                     await self._room_changed()
 
     async def checkpoint(self) -> None:
-        """Write a checkpoint beside the running load."""
+        """Write a checkpoint beside the running load; after the one that may be under way. Raises `NoSpace`, `StoreStopped`."""
+        async with self._one_checkpoint:
+            await self._checkpoint()
+        await self._room_changed()
+
+    async def _checkpoint(self) -> None:
         job = self.store.begin_checkpoint()
         with trio.CancelScope(shield=True):
             try:
@@ -178,7 +184,6 @@ class Engine:
                 self.store.end_checkpoint(job, error)
             self._no_checkpoint = None
             self.store.end_checkpoint(job)
-        await self._room_changed()
 
     async def _room_changed(self) -> None:
         async with self._room:
