@@ -73,6 +73,7 @@ class Usage:
         self.nodes_at_home: Counter[int] = Counter()
         self.bytes_at_home: Counter[int] = Counter()
         self._dropped: deque[Node] = deque()
+        self._outdated: list[dict] = []  # what maps remembered; emptying it takes time in proportion to the disk
 
     def reserve(self, slot: int) -> None:
         """Make room for counting segment ``slot``."""
@@ -122,8 +123,15 @@ class Usage:
             else:
                 self._dropped.append(node)
 
+    def empty_later(self, remembered: dict) -> dict:
+        """Leave emptying ``remembered`` to `reap`; returns an empty one in its place."""
+        if remembered:
+            self._outdated.append(remembered)
+        return {}
+
     def reap(self, nodes_max: int | None = None) -> int:
         """Take apart up to ``nodes_max`` dropped nodes; returns how many wait still."""
+        self._outdated.clear()
         queue = self._dropped
         while queue and (nodes_max is None or nodes_max > 0):
             node = queue.popleft()
@@ -200,6 +208,11 @@ class ExtentMap:
         """Drop what is remembered of the tree; needed whenever a root is shared or replaced."""
         self.cache.clear()
         self.owned.clear()
+
+    def _forget_all(self) -> None:
+        """`forget` in O(1), for when nobody is in the middle of using what is remembered."""
+        self.cache = self._usage.empty_later(self.cache)
+        self.owned = self._usage.empty_later(self.owned)
 
     def leaf_at(self, number: int) -> Leaf | None:
         """The leaf that covers blocks ``number * fanout`` and on. O(height)."""
@@ -290,21 +303,21 @@ class ExtentMap:
         """Return the root with one more holder: from now on every node of the tree is copied before it changes. O(1)."""
         if self.root is not None:
             self.root.refs += 1
-        self.owned.clear()
+        self.owned = self._usage.empty_later(self.owned)
         return self.root
 
     def become(self, other: ExtentMap) -> None:
         """Take over the content of ``other``, sharing all of it; what was here before is dropped. O(1)."""
         old, self.root = self.root, other.share()
         self.height, self.mapped_blocks = other.height, other.mapped_blocks
-        self.forget()
+        self._forget_all()
         self._usage.drop(old)
 
     def drop(self) -> None:
         """Let go of the content."""
         self._usage.drop(self.root)
         self.root, self.mapped_blocks = None, 0
-        self.forget()
+        self._forget_all()
 
     def leaves(self) -> Iterator[tuple[int, Leaf]]:
         """All leaves in order, each with its number."""
