@@ -29,6 +29,7 @@ log = logging.getLogger("simsr.engine")
 
 UPKEEP_PERIOD_S = 30.0
 _REAP_NODES = 8  # at a time: about 0.1 ms, so that a request hardly notices
+_REAP_PAUSE_S = 0.001
 _COLD_THREADS = 16
 _PREFETCH_BYTES = 1 << 20
 _NO_SPACE_PAUSE_S = 1.0
@@ -44,6 +45,7 @@ class Engine:
         self._flush_waiters: list[tuple[int, Callable[[Exception | None], None]]] = []
         self._upkeep = trio.Event()
         self._spares_wanted = trio.Event()
+        self._reap_wanted = trio.Event()
         self._one_checkpoint = trio.Lock()
         self._room = trio.Condition()
         self._cold = trio.CapacityLimiter(_COLD_THREADS)
@@ -146,6 +148,7 @@ class Engine:
         """Upkeep until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._make_spares)
+            nursery.start_soon(self._reap)
             task_status.started()
             idle_seq = -1
             while True:
@@ -157,16 +160,25 @@ class Engine:
                     if self.store.wants_checkpoint or (quiet and self.store.log.failure is None):
                         await self.checkpoint()
                         idle_seq = self.store.log.flush_needed_seq
-                    while self.store.reap(_REAP_NODES):
-                        await trio.lowlevel.checkpoint()
-                        if self.store.wants_checkpoint and self._no_checkpoint is None:
-                            self.wake()
+                    self._reap_wanted.set()
                 except NoSpace as error:
                     log.warning("%s", error)
                     await self._room_changed()
                 except StoreStopped as error:
                     log.error("%s", error)
                     await self._room_changed()
+
+    async def _reap(self) -> None:
+        """Take apart what was dropped, with pauses, because nobody waits for it; without them when segments are scarce."""
+        while True:
+            await self._reap_wanted.wait()
+            self._reap_wanted = trio.Event()
+            while self.store.reap(_REAP_NODES):
+                scarce = len(self.store.pool.spares) < SPARES_MIN
+                await trio.sleep(0 if scarce else _REAP_PAUSE_S)
+            if self.store.wants_checkpoint and self._no_checkpoint is None:
+                self._upkeep.set()
+            await self._room_changed()
 
     async def checkpoint(self) -> None:
         """Write a checkpoint beside the running load; after the one that may be under way. Raises `NoSpace`, `StoreStopped`."""
@@ -222,7 +234,7 @@ class Engine:
             while not self.has_room(blocks):
                 self.store.log.raise_if_stopped()
                 reclaiming = self.store.checkpointing or (self.store.wants_checkpoint and self._no_checkpoint is None)
-                if self._no_space is not None and not reclaiming:
+                if self._no_space is not None and not reclaiming and not self.store.usage.dropped_nodes:
                     raise self._no_space
                 self.room_waits += 1
                 await self._room.wait()

@@ -148,8 +148,13 @@ class Usage:
                     self.drop(kid)
         return len(queue)
 
+    @property
+    def dropped_nodes(self) -> int:
+        """How many dropped nodes wait for `reap`."""
+        return len(self._dropped)
+
     def statistics(self) -> dict[str, int]:
-        return {"nodes_to_reap": len(self._dropped), "live_slots": sum(self.live)}
+        return {"nodes_to_reap": self.dropped_nodes, "live_slots": sum(self.live)}
 
     def _check(self, roots: list[Node | None]) -> None:
         """Count everything anew from ``roots`` (those dropped included) and compare. O(nodes); for tests."""
