@@ -31,15 +31,7 @@ def listen_unix(path: str) -> socket.socket:
             os.unlink(path)
     except FileNotFoundError:
         pass
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        sock.bind(path)
-        sock.listen(128)
-    except OSError:
-        sock.close()
-        raise
-    sock.setblocking(False)
-    return sock
+    return _listen(socket.AF_UNIX, path)
 
 
 def listen_tcp(host: str, port: int) -> socket.socket:
@@ -47,9 +39,13 @@ def listen_tcp(host: str, port: int) -> socket.socket:
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     if not (address[0].startswith("127.") or address[0] == "::1"):
         raise ValueError(f"plain NBD is served on loopback addresses only, not on {host}; tunnel it (ssh -L) instead")
+    return _listen(family, address)
+
+
+def _listen(family: int, address: str | tuple) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # means nothing to a unix socket
         sock.bind(address)
         sock.listen(128)
     except OSError:
@@ -57,6 +53,7 @@ def listen_tcp(host: str, port: int) -> socket.socket:
         raise
     sock.setblocking(False)
     return sock
+
 
 class NbdServer:
     """Serves ``disks`` on any number of listening sockets."""
