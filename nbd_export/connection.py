@@ -26,13 +26,14 @@ from typing import Protocol
 import trio
 
 from nbd_export import constants as c
+from nbd_export.cold import ColdReader, Waiting
 from nbd_export.disk import Disk, Disks, Write
 from nbd_export.handshake import Handshake, Negotiated
 from nbd_export.transmission import (
     CHUNK,
     DATA_CHUNK,
+    PIECE_BYTES,
     SIMPLE_REPLY,
-    ProtocolError,
     Request,
     RequestParser,
     lazy_buffer,
@@ -45,8 +46,6 @@ __all__ = ["Connection"]
 log = logging.getLogger("simsr.nbd")
 
 HANDSHAKE_TIMEOUT_S = 30
-PIECE_BYTES = 512 << 10
-"""Structured replies are sent in pieces of this size, so that what was read is still in the CPU's cache when sent."""
 
 _OUT_BYTES = PIECE_BYTES + 4096
 _SLOW_MAX = 16  # requests of one connection that wait for a disk at one time
@@ -88,7 +87,6 @@ class Connection:
         self._unsent: deque[bytes | memoryview] = deque()  # not empty: some task is in `_drain`
         self._drained = trio.Event()
         self._slow = trio.Semaphore(_SLOW_MAX)
-        self._whole = trio.Lock()  # cold reads too long to be cut into pieces: one at a time, for their memory
         self._spin_ns = _SPIN_MIN_NS
         self._turn_began_ns = 0
         self._flushes = 0  # requests that wait for a flush
@@ -113,6 +111,7 @@ class Connection:
         self._parser.feed(self._leftover)
         self._structured = negotiated.structured_replies
         self._disk = disks.attach(negotiated.export.name, self._client)
+        self._cold_reader = ColdReader(self._disk, self._structured, self._send, self._failure)
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
@@ -272,8 +271,10 @@ class Connection:
                 flushes.append(request)
             elif command == c.NBD_CMD_CACHE:
                 await self._later(self._prefetch_and_answer, request)
+            elif answer := self._block_status(request):
+                answers.append(answer)
             else:
-                answers.append(self._block_status(request))
+                await self._later(self._status_and_answer, request)
         if written:
             await self._write(writes, written, answers, flushes)
         if flushes:
@@ -343,8 +344,8 @@ class Connection:
 
     def _failure(self, request: Request, error: Exception) -> bytes:
         number = getattr(error, "nbd_errno", None) or getattr(error, "errno", None) or errno.EIO
-        where = f"{request.command} at {request.offset}+{request.length}"
-        log.warning("%s: request %s failed: %s", self._client, where, error)
+        where = f"{self._negotiated.export.name}, bytes {request.offset} to {request.offset + request.length}"
+        log.warning("%s: request %s of %s failed: %s", self._client, request.command, where, error)
         return self._error(request, c.wire_error(number), str(error))
 
     # Writing.
@@ -476,7 +477,8 @@ class Connection:
 
     async def _send_around(self, pieces: list[_Piece], cold: set[int], header_bytes: int, given_away: set[int]) -> None:
         """Send the pieces that are there; from the first cold piece of a request on, leave it to a task."""
-        at, ready = 0, []
+        at, ready, reader = 0, [], self._cold_reader
+        waiting = Waiting()
         for index, (request, offset, length, _) in enumerate(pieces):
             end = at + header_bytes + length
             if request.cookie in given_away:
@@ -484,42 +486,20 @@ class Connection:
             elif index in cold:
                 given_away.add(request.cookie)
                 rest = request.offset + request.length - offset
-                await self._later(self._read_cold, request, offset, rest)
+                if rest > PIECE_BYTES:
+                    await self._later(reader.read_long, request, offset, rest)
+                else:
+                    if waiting.is_full_with(rest):
+                        await self._later(reader.read, waiting)
+                        waiting = Waiting()
+                    waiting.add(request, offset, rest)
             else:
                 ready.append(bytes(self._out[at:end]))
             at = end
+        if waiting.requests:
+            await self._later(reader.read, waiting)
         if ready:
             await self._send(b"".join(ready))
-
-    async def _read_cold(self, request: Request, offset: int, length: int) -> None:
-        if length > PIECE_BYTES and (not self._structured or request.flags & c.NBD_CMD_FLAG_DF):
-            async with self._whole:
-                await self._read_cold_piece(request, offset, length, True)
-            return
-        end, going_on = offset + length, True
-        while going_on and offset < end:
-            part = min(PIECE_BYTES, end - offset)
-            going_on = await self._read_cold_piece(request, offset, part, offset + part == end)
-            offset += part
-
-    async def _read_cold_piece(self, request: Request, offset: int, length: int, last: bool) -> bool:
-        """Read and send; False when that failed, which was answered then."""
-        header_bytes = DATA_CHUNK.size if self._structured else SIMPLE_REPLY.size
-        answer = memoryview(bytearray(header_bytes + length))
-        try:
-            await self._disk.read_cold(offset, answer[header_bytes:])
-        except Exception as error:
-            if not _is_answer(error):
-                raise
-            await self._send(self._failure(request, error))
-            return False
-        if self._structured:
-            magic, data = c.NBD_STRUCTURED_REPLY_MAGIC, c.NBD_REPLY_TYPE_OFFSET_DATA
-            DATA_CHUNK.pack_into(answer, 0, magic, last, data, request.cookie, 8 + length, offset)
-        else:
-            SIMPLE_REPLY.pack_into(answer, 0, c.NBD_SIMPLE_REPLY_MAGIC, 0, request.cookie)
-        await self._send(answer)
-        return True
 
     # The rest.
 
@@ -533,14 +513,31 @@ class Connection:
         else:
             await self._send(SIMPLE_REPLY.pack(c.NBD_SIMPLE_REPLY_MAGIC, 0, request.cookie))
 
-    def _block_status(self, request: Request) -> bytes:
-        extents_max = 1 if request.flags & c.NBD_CMD_FLAG_REQ_ONE else _STATUS_EXTENTS_MAX
+    def _block_status(self, request: Request) -> bytes | None:
+        """The answer, or None if it has to wait for a disk."""
         try:
-            extents = self._disk.allocation(request.offset, request.length, extents_max)
+            extents = self._disk.allocation(request.offset, request.length, self._extents_max(request))
         except Exception as error:
             if not _is_answer(error):
                 raise
             return self._failure(request, error)
+        return self._status_answer(request, extents) if extents else None
+
+    async def _status_and_answer(self, request: Request) -> None:
+        try:
+            extents = await self._disk.allocation_cold(request.offset, request.length, self._extents_max(request))
+        except Exception as error:
+            if not _is_answer(error):
+                raise
+            await self._send(self._failure(request, error))
+        else:
+            await self._send(self._status_answer(request, extents))
+
+    @staticmethod
+    def _extents_max(request: Request) -> int:
+        return 1 if request.flags & c.NBD_CMD_FLAG_REQ_ONE else _STATUS_EXTENTS_MAX
+
+    def _status_answer(self, request: Request, extents: list[tuple[int, bool]]) -> bytes:
         flags = [(length, 0 if data else c.NBD_STATE_HOLE | c.NBD_STATE_ZERO) for length, data in extents]
         return pack_block_status(request.cookie, [(ident, flags) for ident in self._negotiated.meta_contexts.values()])
 

@@ -22,8 +22,8 @@ class Disk(Protocol):
     def read(self, batch: Sequence[tuple[int, memoryview]]) -> list[int]:
         """Fill the views from memory; returns the indices of those that would have to wait for a disk."""
 
-    async def read_cold(self, offset: int, view: memoryview) -> None:
-        """Fill the view, waiting for the disk."""
+    async def read_cold(self, batch: Sequence[tuple[int, memoryview]]) -> list[Exception | None]:
+        """Fill the views, waiting for the disk; for each what went wrong, or None."""
 
     def write(self, batch: Sequence[Write]) -> int:
         """Write in order; returns how many are done. The rest has to wait: `write_rest`."""
@@ -41,7 +41,10 @@ class Disk(Protocol):
         """Bring a range into memory."""
 
     def allocation(self, offset: int, length: int, extents_max: int) -> list[tuple[int, bool]]:
-        """Describe a range as [(length in bytes, is data)]; may stop early."""
+        """Describe a range as [(length in bytes, is data)]; may stop early. Nothing: it would have to wait (`allocation_cold`)."""
+
+    async def allocation_cold(self, offset: int, length: int, extents_max: int) -> list[tuple[int, bool]]:
+        """`allocation`, waiting for the disk."""
 
     def detach(self) -> None:
         """The client is gone."""

@@ -23,6 +23,7 @@ __all__ = [
     "Request",
     "RequestParser",
     "ProtocolError",
+    "PIECE_BYTES",
     "lazy_buffer",
     "SIMPLE_REPLY",
     "CHUNK",
@@ -33,7 +34,8 @@ __all__ = [
 
 _REQUEST = struct.Struct(">IHHQQI")
 PIECE_BYTES = 512 << 10
-"""A write larger than this is handed on in pieces of about this size."""
+"""A write larger than this is handed on in pieces of about this size, and structured replies to reads are sent in such pieces, so that
+what was received or read is still in the CPU's cache when it moves on."""
 
 _BUFFER_BYTES = PIECE_BYTES + (128 << 10)
 _WHOLE_BYTES = c.MAX_REQUEST_BYTES + _REQUEST.size

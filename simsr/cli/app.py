@@ -10,7 +10,9 @@ from typer.core import TyperGroup
 from simsr import __version__
 from simsr.cli.client import DEFAULT_SOCKET, Client, Session, checked_text
 from simsr.cli.disks import Name, Sr, Vdi, clone, revert, snapshot, vdi_commands
+from simsr.cli.integrity import check, salvage
 from simsr.cli.repositories import sr_commands
+from simsr.cli.space import diff
 from simsr.units import parse_size
 
 __all__ = ["app"]
@@ -40,6 +42,9 @@ app.add_typer(vdi_commands, name="vdi")
 app.command("snapshot")(snapshot)
 app.command("clone")(clone)
 app.command("revert")(revert)
+app.command("diff")(diff)
+app.command("check")(check)
+app.command("salvage")(salvage)
 
 Format = Annotated[Optional[str], typer.Option("--format", metavar="FORMAT", help="As qemu-img names it: raw, qcow2, vpc, ...")]
 

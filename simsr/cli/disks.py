@@ -8,6 +8,7 @@ import typer
 
 from simsr.cli.client import Client, checked_text
 from simsr.cli.output import print_fields, print_json, print_table, say, size_and_bytes
+from simsr.cli.space import space_of
 from simsr.units import format_size, parse_size
 
 __all__ = ["vdi_commands", "snapshot", "clone", "revert"]
@@ -57,10 +58,19 @@ def list_vdis(context: typer.Context, sr: Sr = None, as_json: Json = False) -> N
 
 
 @vdi_commands.command("show")
-def show(context: typer.Context, vdi: Vdi, as_json: Json = False) -> None:
+def show(
+    context: typer.Context,
+    vdi: Vdi,
+    as_json: Json = False,
+    with_space: Annotated[
+        bool, typer.Option("--space", help="Count what no other VDI holds, too; this looks at the whole SR.")
+    ] = False,
+) -> None:
     """Show everything about one VDI or snapshot."""
     client: Client = context.obj.client
     found = client.get(client.vdi_path(vdi))
+    if with_space:
+        found["exclusive_bytes"] = space_of(client, found)["exclusive_bytes"]
     if as_json:
         return print_json(found)
     fields = [
@@ -71,6 +81,7 @@ def show(context: typer.Context, vdi: Vdi, as_json: Json = False) -> None:
         ("type", found["type"]),
         ("size", size_and_bytes(found["size_bytes"])),
         ("used", size_and_bytes(found["physical_utilisation_bytes"])),
+        *([("exclusive", f"{size_and_bytes(found['exclusive_bytes'])}, freed by deleting it")] if with_space else []),
         ("created", found["created_time"] or ""),
         ("flags", " ".join(flag for flag in ("read_only", "sharable", "managed") if found[flag])),
         ("attached", _clients(found)),

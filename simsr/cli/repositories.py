@@ -9,9 +9,9 @@ import typer
 from simsr.cli.client import Client, checked_text
 from simsr.cli.failures import NameNeeded, NoSr
 from simsr.cli.output import print_fields, print_json, print_table, say, size_and_bytes
-from simsr.units import format_size
+from simsr.units import format_size, parse_size
 
-__all__ = ["sr_commands"]
+__all__ = ["sr_commands", "only_sr", "Json"]
 
 sr_commands = typer.Typer(help="Create, list, show and delete SRs.")
 
@@ -19,13 +19,35 @@ SrName = Annotated[str, typer.Argument(metavar="SR", help="Uuid, unique prefix o
 Json = Annotated[bool, typer.Option("--json", help="Print JSON as the API gives it.")]
 
 
+_SPACE = ("live", "garbage", "reclaimable", "reserved", "free", "map")
+
+
 @sr_commands.command("create")
 def create(
-    context: typer.Context, name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the new SR.")]
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the new SR.")],
+    size: Annotated[
+        Optional[str], typer.Option("--size", metavar="SIZE", help="What it may take on the disk (default: what there is).")
+    ] = None,
 ) -> None:
     """Create an SR and print its uuid."""
     client: Client = context.obj.client
-    print(client.post("/v1/srs", {"name": checked_text("name", name)})["uuid"])
+    body: dict[str, Any] = {"name": checked_text("name", name)}
+    if size is not None:
+        body["limit_bytes"] = parse_size(size)
+    print(client.post("/v1/srs", body)["uuid"])
+
+
+@sr_commands.command("resize")
+def resize(
+    context: typer.Context,
+    sr: SrName,
+    size: Annotated[str, typer.Argument(metavar="SIZE", help="What the SR may take on the disk from now on.")],
+) -> None:
+    """Change the size limit of an SR."""
+    client: Client = context.obj.client
+    changed = client.post(f"{client.sr_path(sr)}/resize", {"limit_bytes": parse_size(size)})
+    say(f"SR {changed['uuid']} may take {format_size(changed['limit_bytes'])} now.")
 
 
 @sr_commands.command("list")
@@ -59,7 +81,7 @@ def status(
 ) -> None:
     """Show everything about one SR."""
     client: Client = context.obj.client
-    found = client.get(client.sr_path(sr)) if sr is not None else _only_sr(client)
+    found = client.get(client.sr_path(sr)) if sr is not None else only_sr(client, "sr status")
     if as_json:
         return print_json(found)
     fields = [
@@ -69,6 +91,8 @@ def status(
         ("path", found["path"]),
         ("size", size_and_bytes(found["physical_size_bytes"])),
         ("used", size_and_bytes(found["physical_utilisation_bytes"])),
+        ("limit", "none" if found["limit_bytes"] is None else size_and_bytes(found["limit_bytes"])),
+        *((name, size_and_bytes(found["space"][f"{name}_bytes"])) for name in _SPACE),
         ("virtual", size_and_bytes(found["virtual_allocation_bytes"])),
         ("vdis", found["vdi_count"]),
         ("snapshots", found["snapshot_count"]),
@@ -87,14 +111,15 @@ def delete(context: typer.Context, sr: SrName) -> None:
     say(f"SR {found['uuid']} ({found['name']}) is deleted.")
 
 
-def _only_sr(client: Client) -> Any:
+def only_sr(client: Client, command: str) -> Any:
+    """Return the only SR there is, for ``command``, which was given no name."""
     repositories = client.get("/v1/srs")
     if len(repositories) == 1:
         return repositories[0]
     if not repositories:
         raise NoSr
     raise NameNeeded(
-        what="sr status", count=len(repositories), names=", ".join(sr["name"] or sr["uuid"] for sr in repositories)
+        what=command, count=len(repositories), names=", ".join(sr["name"] or sr["uuid"] for sr in repositories)
     )
 
 

@@ -22,6 +22,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from simsr import __version__
+from simsr.daemon.api_scrub import scrub_router
+from simsr.daemon.api_space import space_router
 from simsr.daemon.host import Host, Mounted
 from simsr.errors import BadRequest, NotFound, SimsrError, SrExists, VdiExists
 from simsr.sr.repository import check_sm_config, check_uuid
@@ -47,6 +49,11 @@ class SrCreate(Body):
     uuid: Annotated[Text, Field(min_length=1)] | None = None
     description: Text = ""
     sm_config: dict[str, str] = {}
+    limit_bytes: int | None = Field(None, description="what the SR may take on the host's disk; null: what there is")
+
+
+class SrResize(Body):
+    limit_bytes: int
 
 
 class SrUpdate(Body):
@@ -106,11 +113,13 @@ class SrOut(BaseModel):
     description: str
     sm_config: dict[str, str]
     path: str
+    limit_bytes: int | None
     physical_size_bytes: int
     physical_utilisation_bytes: int
     virtual_allocation_bytes: int
     vdi_count: int = Field(description="all VDIs, snapshots included")
     snapshot_count: int
+    space: dict[str, int]
     statistics: dict[str, Any]
 
 
@@ -190,6 +199,8 @@ def make_app(host: Host, control_socket: str | None, nbd_tcp: str | None) -> Fas
     _add_sr_routes(app, host)
     _add_vdi_routes(app, host)
     _add_history_routes(app, host)
+    app.include_router(scrub_router(host))
+    app.include_router(space_router(host))
     app.openapi()  # built here, not by the first request, which would stall everything else
     return app
 
@@ -265,7 +276,8 @@ def _add_sr_routes(app: FastAPI, host: Host) -> None:
     async def create_sr(body: SrCreate, response: Response) -> dict:
         """Make an SR."""
         began = trio.current_time()
-        mounted = await host.create_sr(body.name, body.uuid, body.description, check_sm_config(body.sm_config))
+        sm_config = check_sm_config(body.sm_config)
+        mounted = await host.create_sr(body.name, body.uuid, body.description, sm_config, body.limit_bytes)
         _timed(response, began)
         return describe(mounted)
 
@@ -282,6 +294,17 @@ def _add_sr_routes(app: FastAPI, host: Host) -> None:
         if any(other is not mounted and other.repository.name == body.name for other in host.mounted.values()):
             raise SrExists(name=body.name)
         mounted.repository.update_self(**_given(body))
+        await mounted.engine.flush()
+        _timed(response, began)
+        return describe(mounted)
+
+    @app.post("/v1/srs/{sr}/resize", response_model=SrOut)
+    async def resize_sr(sr: Reference, body: SrResize, response: Response) -> dict:
+        """Change the size limit of an SR."""
+        began = trio.current_time()
+        mounted = host.find_sr(sr)
+        mounted.repository.resize_self(body.limit_bytes)
+        mounted.engine.wake()
         await mounted.engine.flush()
         _timed(response, began)
         return describe(mounted)

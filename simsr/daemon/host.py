@@ -35,8 +35,10 @@ from simsr.daemon.engine import Disk, Engine
 from simsr.errors import Ambiguous, BadRequest, NotFound, SimsrError, SrExists, StoreLocked, VdiExists, VdiInUse
 from simsr.sr.lookup import resolve
 from simsr.sr.repository import Repository, check_text, check_uuid
+from simsr.sr.space import check_limit, geometry_for
 from simsr.sr.vdi import Vdi
 from simsr.store.files import DiskDirectory
+from simsr.store.node_table import MAP_MEMORY_BYTES, MapMemory
 from simsr.store.store import Store
 
 __all__ = ["Host", "Mounted"]
@@ -69,7 +71,8 @@ def _new_uuid() -> str:
 class Host:
     """Everything one simsrd holds. Use: ``async with trio.open_nursery() as n: await n.start(host.run)``."""
 
-    def __init__(self, root: str, nbd_socket: str | None = None) -> None:
+    def __init__(self, root: str, nbd_socket: str | None = None, map_memory_bytes: int = MAP_MEMORY_BYTES) -> None:
+        self.memory = MapMemory(map_memory_bytes)
         self.root = os.path.abspath(root)
         self.nbd_socket = nbd_socket or os.path.join(self.root, "nbd.sock")
         self.mounted: dict[str, Mounted] = {}
@@ -121,7 +124,7 @@ class Host:
 
     async def _mount_found(self, path: str) -> None:
         try:
-            store = await trio.to_thread.run_sync(Store.open, DiskDirectory(path))
+            store = await trio.to_thread.run_sync(Store.open, DiskDirectory(path), self.memory)
         except (SimsrError, OSError) as error:
             log.error("SR not opened: %s. %s", error, getattr(error, "hint", ""))
             self.failed[path] = str(error)
@@ -187,12 +190,14 @@ class Host:
 
     # SRs.
 
-    async def create_sr(self, name: str, uuid: str | None, description: str, sm_config: dict[str, str]) -> Mounted:
-        """Make an SR. Raises `SrExists`, `BadRequest`, `NoSpace`; nothing is left behind then."""
+    async def create_sr(
+        self, name: str, uuid: str | None, description: str, sm_config: dict[str, str], limit_bytes: int | None = None
+    ) -> Mounted:
+        """Make an SR that may take ``limit_bytes`` on the disk (None: what there is). Raises `BadSize`, `SrExists`, `BadRequest`, `NoSpace`; nothing is left behind then."""
         uuid = check_uuid(uuid) if uuid else _new_uuid()
         meta = {
             "uuid": uuid, "name": check_text("name", name), "description": check_text("description", description),
-            "sm_config": dict(sm_config),
+            "sm_config": dict(sm_config), "limit_bytes": None if limit_bytes is None else check_limit(limit_bytes),
         }  # fmt: skip
         if not name:
             raise BadRequest(what="the name of the SR", reason="it is empty")
@@ -209,7 +214,8 @@ class Host:
         temporary = self._path("sr", f".new-{uuid}")
         try:
             directory = DiskDirectory(temporary)
-            store = Store.create(directory, uuid_module.UUID(uuid).bytes, meta=meta)
+            geometry = geometry_for(meta["limit_bytes"])
+            store = Store.create(directory, uuid_module.UUID(uuid).bytes, geometry, meta, self.memory)
             store.flush()
             directory.rename(final)
             self._sync_directory()

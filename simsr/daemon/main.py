@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import logging
 import os
@@ -22,12 +23,17 @@ from simsr.daemon.api import make_app
 from simsr.daemon.host import Host
 from simsr.daemon.systemd import listen_fds, notify
 from simsr.errors import BadRequest, SimsrError
+from simsr.units import format_size, parse_size
 
 __all__ = ["main"]
+
+MAP_MEMORY_MIN_BYTES = 4 << 20
 
 SWITCH_INTERVAL_S = 0.0005
 """How long a worker thread may keep Python's interpreter lock while trio's thread wants it. The default of 5 ms is the worst
 delay that a checkpoint could add to a request."""
+
+_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES = -3, 256 << 10
 
 GC_THRESHOLDS = (50_000, 50, 1000)
 """Maps are many objects without cycles. With Python's defaults the collector would walk them all again and again."""
@@ -39,6 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--socket", metavar="PATH", help="control socket (default: DIR/control.sock)")
     parser.add_argument("--nbd-socket", metavar="PATH", help="NBD socket for all VDIs (default: DIR/nbd.sock)")
     parser.add_argument("--nbd-tcp", metavar="HOST:PORT", help="serve NBD on TCP too; loopback addresses only")
+    parser.add_argument(
+        "--map-memory", default="256MiB", metavar="SIZE", help="memory for extent maps, all SRs together (default: 256MiB)"
+    )
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     parser.add_argument("--version", action="version", version=f"simsrd {__version__}")
     return parser
@@ -49,6 +58,13 @@ def _split_address(text: str) -> tuple[str, int]:
     if not colon or not host or not port.isdigit() or not 0 <= int(port) < 65536:
         raise BadRequest(what=f"--nbd-tcp {text}", reason="it is not of the form HOST:PORT")
     return host.strip("[]"), int(port)
+
+
+def _map_memory(text: str) -> int:
+    size_bytes = parse_size(text)
+    if size_bytes < MAP_MEMORY_MIN_BYTES:
+        raise BadRequest(what=f"--map-memory {text}", reason=f"at least {format_size(MAP_MEMORY_MIN_BYTES)} are needed")
+    return size_bytes
 
 
 def _sort_passed(fds: list[int]) -> tuple[int | None, list[socket.socket]]:
@@ -106,7 +122,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
     control_fd, passed = _sort_passed(listen_fds())
     if control_fd is not None and arguments.socket:
         raise BadRequest(what="--socket", reason="systemd passed the control socket already")
-    host = Host(arguments.root, arguments.nbd_socket)
+    host = Host(arguments.root, arguments.nbd_socket, _map_memory(arguments.map_memory))
     host.prepare()
     control = None if control_fd is not None else os.path.abspath(arguments.socket or os.path.join(host.root, "control.sock"))
     if control is not None:
@@ -144,6 +160,14 @@ async def _serve_api(app, config: Config, stop: trio.Event, task_status=trio.TAS
     await serve(app, config, shutdown_trigger=stop.wait, task_status=task_status)
 
 
+def _give_large_blocks_back() -> None:
+    """Keep glibc from raising, with every large block that is freed, the size from which freed blocks go back to the kernel: after
+    the load of a large map the process would stay as large as it was at its largest (mallopt(3), M_MMAP_THRESHOLD)."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
+
+
 def _first_error(group: BaseExceptionGroup) -> BaseException:
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
@@ -156,6 +180,7 @@ def main() -> None:
     arguments = _parser().parse_args()
     logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    _give_large_blocks_back()
     gc.set_threshold(*GC_THRESHOLDS)
     os.umask(0o077)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

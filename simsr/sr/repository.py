@@ -20,9 +20,11 @@ from dataclasses import dataclass
 
 from simsr.errors import BadRequest, BadSize, NotASnapshot, NotFound, ShrinkRefused, SnapshotOfOther
 from simsr.errors import SrInUse, SrNotEmpty, VdiExists, VdiInUse, VdiReadOnly
+from simsr.sr.space import cap_for, check_limit, describe_space
 from simsr.sr.vdi import VDI_TYPES, Attachment, Vdi
 from simsr.store.layout import BLOCK
-from simsr.store.store import Create, Delete, Reset, Resize, SetMeta, Store
+from simsr.store.store import SPARES_MIN, Create, Delete, Reset, Resize, SetMeta, Store
+from simsr.store.walk import Diff, Survey, VolumeSpace
 
 __all__ = ["Repository", "Reverted", "check_uuid", "check_text", "check_sm_config", "SIZE_MAX_BYTES", "SECTOR_BYTES"]
 
@@ -84,13 +86,15 @@ class Repository:
     VDIs:       `create`, `delete`, `resize`, `update`, `get`, ``vdis``
     History:    `snapshot`, `clone`, `revert`
     Use:        `attach`, `detach`
-    Itself:     `describe`, `update_self`, `check_deletable`
+    Itself:     `describe`, `update_self`, `resize_self`, `check_deletable`
+    Comparing:  `diff`, `survey`
     """
 
     def __init__(self, store: Store, now: Callable[[], str], new_uuid: Callable[[], str]) -> None:
         self.store = store
         self._now, self._new_uuid = now, new_uuid
         self.vdis: dict[str, Vdi] = {}
+        self._apply_limit()
         for volume in store.volumes.values():
             self.vdis[volume.meta["uuid"]] = Vdi(volume, self.uuid)
 
@@ -101,6 +105,14 @@ class Repository:
     @property
     def name(self) -> str:
         return self.store.meta["name"]
+
+    @property
+    def limit_bytes(self) -> int | None:
+        """What the SR may take on the host's disk; None: what there is."""
+        return self.store.meta.get("limit_bytes")
+
+    def _apply_limit(self) -> None:
+        self.store.pool.cap_segments = cap_for(self.limit_bytes, self.store.geometry)
 
     # VDIs.
 
@@ -223,7 +235,7 @@ class Repository:
         self._refuse_if_used(vdi, "revert")
         ours, theirs = vdi.volume, snapshot.volume
         size_changed = ours.size_bytes != theirs.size_bytes
-        changed = size_changed or ours.map.root is not theirs.map.root
+        changed = size_changed or ours.map.root != theirs.map.root
         if changed:
             self.store.commit([Reset(ours.ident, theirs.ident)])
         return Reverted(vdi, changed, size_changed)
@@ -268,6 +280,17 @@ class Repository:
         if meta != self.store.meta:
             self.store.commit([SetMeta(0, meta)])
 
+    def resize_self(self, limit_bytes: int) -> None:
+        """Change the size limit. Raises `BadSize`, also if what is in use would not fit."""
+        check_limit(limit_bytes)
+        pool = self.store.pool
+        cap, in_use = cap_for(limit_bytes, self.store.geometry), pool.count - len(pool.spares)
+        if cap < in_use + SPARES_MIN:
+            needed = (in_use + SPARES_MIN + 1) * self.store.geometry.segment_bytes
+            raise BadSize(size=limit_bytes, reason=f"the SR's segments in use and its reserve take {needed} bytes")
+        self.store.commit([SetMeta(0, {**self.store.meta, "limit_bytes": limit_bytes})])
+        self._apply_limit()
+
     def check_deletable(self) -> None:
         """Raise `SrNotEmpty` or `SrInUse` if the SR cannot be deleted."""
         for vdi in self.vdis.values():
@@ -280,23 +303,55 @@ class Repository:
         """Everything there is to tell, as JSON has it."""
         statistics = self.store.statistics()
         snapshots = sum(vdi.is_a_snapshot for vdi in self.vdis.values())
-        # A block counts once for each map leaf that names it, so a segment can seem to hold more than fits into it.
-        pool = self.store.pool
-        live_blocks = sum(min(live, pool.data_blocks) for live in self.store.usage.live)
-        used = live_blocks * BLOCK + statistics["map_bytes"]
-        in_files = statistics["segments"] * statistics["segment_bytes"] + statistics["map_bytes"]
+        space, limit_bytes = describe_space(self.store), self.limit_bytes
+        taken = space["segment_bytes"] + space["map_bytes"]
         return {
             "uuid": self.uuid,
             "name": self.name,
             "description": self.store.meta["description"],
             "sm_config": self.store.meta["sm_config"],
             "path": self.store.directory.path,
-            "physical_size_bytes": in_files + self.store.directory.free_bytes(),
-            "physical_utilisation_bytes": used,
+            "limit_bytes": limit_bytes,
+            "physical_size_bytes": limit_bytes or taken + self.store.directory.free_bytes(),
+            "physical_utilisation_bytes": space["live_bytes"] + space["map_bytes"],
             "virtual_allocation_bytes": sum(vdi.size_bytes for vdi in self.vdis.values()),
             "vdi_count": len(self.vdis),
             "snapshot_count": snapshots,
+            "space": space,
             "statistics": statistics,
+        }
+
+    # Comparing.
+
+    def diff(self, old: Vdi, new: Vdi, start: int = 0, ranges_max: int | None = None) -> Diff:
+        """A job that finds what changed from ``old`` to ``new``. Raises `NotFound`."""
+        for vdi in (old, new):
+            self._refuse_if_gone(vdi)
+        return Diff(self.store, old.volume, new.volume, start, ranges_max)
+
+    def survey(self) -> Survey:
+        """A job that finds who holds how much, and what deleting a VDI would free."""
+        return Survey(self.store)
+
+    def describe_survey(self, survey: Survey) -> dict:
+        """What a survey that has run says of the SR."""
+        return {
+            "uuid": self.uuid,
+            "name": self.name,
+            "distinct_bytes": survey.distinct_blocks * BLOCK,
+            "shared_bytes": survey.shared_blocks * BLOCK,
+        }
+
+    @staticmethod
+    def describe_volume_space(space: VolumeSpace) -> dict:
+        """What a survey says of a VDI, which may be gone since."""
+        return {
+            "uuid": space.meta["uuid"],
+            "name": space.meta["name"],
+            "is_a_snapshot": space.meta["snapshot_of"] is not None,
+            "virtual_bytes": space.size_bytes,
+            "referenced_bytes": space.referenced_blocks * BLOCK,
+            "exclusive_bytes": space.exclusive_blocks * BLOCK,
         }
 
     def _check(self) -> None:

@@ -1,57 +1,50 @@
-"""Checkpoints: the maps and the list of volumes, on disk, so that recovery replays only the tail of the log.
+"""Checkpoints: what changed in the maps and in the list of volumes, on disk, so that recovery replays only the tail of the log.
 
-A checkpoint is a file ``map-<generation>`` with the nodes that changed since the last one, children before parents, and
-at its end the root table; nodes that did not change stay where an earlier checkpoint put them. Every reference to a node
-carries the checksum of its bytes. The super block that names the root table is written after all this is synced, into the
-slot of the two that does not hold the last one.
+A checkpoint writes a file ``map-<generation>`` with the nodes that changed since the last one and appends a section of changes to
+the table file (`simsr.store.table_file`). Its cost is what was changed. The super block that names the end of the table file is
+written after all this is synced, into the slot of the two that does not hold the last one.
 
-The work is split so that it never stalls I/O: `begin` freezes all maps (one reference each), ``job.run()`` does the rest
-in a worker thread on nodes that nobody can change any more, `finish` puts the results in place.
+It never stalls I/O: `CheckpointJob.work` turns frozen nodes into bytes a few at a time on the store's thread and yields everything
+that blocks for some other thread to run; in between, the store goes on as if nothing was happening (`NodeTable.freeze`).
 
-When more than half of what the map files hold is garbage, the next checkpoint writes all nodes anew and the old files go.
+When more than half of what the map files hold is garbage, a checkpoint also takes along the nodes of the worst of them, as bytes, so
+that they can go.
 """
 
 from __future__ import annotations
 
 import errno
-import json
-import re
-import struct
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 from crc32c import crc32c
 
 from simsr.errors import NoSpace, StoreDamaged
-from simsr.store.extent_map import Inner, Leaf, Node, Usage
 from simsr.store.files import Directory, File
-from simsr.store.layout import Geometry, NodeRef, Super
+from simsr.store.layout import Geometry, TableEnd, Super
 from simsr.store.log import FlushJob, Position
+from simsr.store.node_table import COLUMNS, NodeTable
+from simsr.store.nodes import Node, encode
+from simsr.store.paging import MapFiles, map_name
 from simsr.store.segments import Segment
+from simsr.store.table_file import SectionWriter, table_name
 
-__all__ = ["CheckpointJob", "NodeLoader", "map_name", "super_name", "read_supers", "sync_supers", "map_files"]
+__all__ = ["CheckpointJob", "Step", "super_name", "read_supers", "sync_supers"]
 
-_DENSE, _SPARSE, _INNER = 1, 2, 3
-_HEAD = struct.Struct("<BxHI")
-_KID = struct.Struct("<HxxIQII")
-_MAP_NAME = re.compile(r"map-(\d{12})")
-_REWRITE_MIN_BYTES = 4 << 20
+_NODES_A_SLICE = 24
+_PAGE_ROWS = 4096
 _PIECE_BYTES = 1 << 20
+_MOVE_MIN_BYTES = 4 << 20
+_MAP_FILES_MAX = 256  # from here on small map files are merged
 
-
-def map_name(generation: int) -> str:
-    return f"map-{generation:012d}"
+Step = Callable[[], None] | None
+"""What a job's ``work`` yields: something that blocks and must have run before work goes on; or None, for a pause."""
 
 
 def super_name(generation: int) -> str:
     return f"super.{generation & 1}"
-
-
-def map_files(directory: Directory) -> list[int]:
-    """The generations of the map files that are there."""
-    return [int(match[1]) for name in directory.names() if (match := _MAP_NAME.fullmatch(name))]
 
 
 def write_super(directory: Directory, generation: int, data: bytes) -> None:
@@ -93,185 +86,277 @@ def sync_supers(directory: Directory) -> None:
     directory.sync()
 
 
-def encode_node(node: Node, home_of) -> bytes:
-    if isinstance(node, Inner):
-        kids = [(index, home_of(kid)) for index, kid in enumerate(node.kids) if kid is not None]
-        return _HEAD.pack(_INNER, 0, len(kids)) + b"".join(
-            _KID.pack(index, home.file, home.offset, home.length, home.crc) for index, home in kids
-        )
-    used = np.flatnonzero(node.vector)
-    if len(used) * 10 < len(node.slots) * 8:
-        return _HEAD.pack(_SPARSE, 0, len(used)) + used.astype("<u2").tobytes() + node.vector[used].astype("<u8").tobytes()
-    return _HEAD.pack(_DENSE, 0, len(node.slots)) + node.vector.astype("<u8").tobytes()
+class _Homes:
+    """Where the nodes of a checkpoint went: parallel arrays."""
+
+    def __init__(self) -> None:
+        self.ids, self.offsets, self.lengths = array("I"), array("Q"), array("H")
+        self.crcs, self.mapped = array("I"), array("I")
+
+    def add(self, ident: int, offset: int, length: int, crc: int, mapped: int) -> None:
+        self.ids.append(ident)
+        self.offsets.append(offset)
+        self.lengths.append(length)
+        self.crcs.append(crc)
+        self.mapped.append(mapped)
+
+    def patch(self, file: int, ids: np.ndarray, columns: dict[str, np.ndarray]) -> None:
+        """Set the homes in a copy of rows; ``ids`` must be sorted."""
+        ours = np.frombuffer(self.ids, dtype=np.uint32)
+        at = np.searchsorted(ids, ours)
+        hit = at < len(ids)
+        hit[hit] = ids[at[hit]] == ours[hit]
+        at = at[hit]
+        columns["file"][at] = file
+        for name, values in (("offset", self.offsets), ("length", self.lengths), ("crc", self.crcs), ("mapped", self.mapped)):
+            columns[name][at] = np.frombuffer(values, dtype=columns[name].dtype)[hit]
 
 
 @dataclass
 class CheckpointJob:
-    """One checkpoint under way. Made by `Store.begin_checkpoint`; `run` blocks and belongs in a worker thread."""
+    """One checkpoint under way. Made by `Store.begin_checkpoint`, carried out by `work`, taken over by `Store.end_checkpoint`."""
 
     directory: Directory
+    table: NodeTable
+    files: MapFiles
     flush: FlushJob | None
     position: Position
     uuid: bytes
     generation: int
     geometry: Geometry
-    roots: list[tuple[Node | None, dict]]  # frozen root of each volume, and its line of the root table
-    table: dict
+    volumes: dict  # what goes into the VOLUMES section
+    live: tuple[np.ndarray, np.ndarray]
+    table_file: int  # this generation: begin a new one, with everything
+    table_offset: int
+    table_crc: int
     dead: list[Segment]
-    rewrite_all: bool
     raise_if_stopped: Callable[[], None]
-    homes: dict[int, tuple[Node, NodeRef]] = field(default_factory=dict)
-    bytes_written: int = 0
+    garbage_maps: list[int] = field(default_factory=list)
+    garbage_tables: list[int] = field(default_factory=list)
+    removed_maps: list[int] = field(default_factory=list)
 
-    def run(self) -> None:
-        """Sync the log, write the nodes, the root table and the super block. Raises OSError, `StoreStopped`.
+    def __post_init__(self) -> None:
+        self.everything = self.table_file == self.generation
+        self.homes, self.nodes = _Homes(), list[Node]()
+        self._pending: list[bytes] = []
+        self._pending_bytes = self.map_bytes = 0
+        self._map: File | None = None
+        self._sections = SectionWriter(self.table_crc)
+        self.table_bytes = 0
+        frozen = self.table.freeze()
+        self.table.on_frozen = self.encode
+        self.moves = self._choose_moves(frozen)
+        self.rows = np.fromiter(self.table.changed.union(frozen, self.moves), dtype=np.uint32)
+        self.rows.sort()
+        self.table.changed = set()
+        pinned = self.table.pinned  # by readers that a crash would end
+        self._pinned = np.fromiter(pinned.keys(), dtype=np.uint32), np.fromiter(pinned.values(), dtype=np.uint32)
+        self._early: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []
+        self._pages_left: set[int] = set()
+        if self.everything:
+            self._pages_left = set(range((self.table.rows + _PAGE_ROWS - 1) // _PAGE_ROWS))
+            self.table.on_change = self._before_change
+        else:
+            self._early.append(self._copy(self.rows))
 
-        Raises `NoSpace` if there is no room for the map file: nothing refers to it yet, so nothing has happened then.
-        """
+    def _choose_moves(self, frozen: dict[int, Node]) -> list[int]:
+        """The nodes to take along from the map files that hold the most garbage, and from the smallest if there are very many:
+        a file for every checkpoint, each with a node that nobody changes any more, is no garbage and still too much to open."""
+        files, live = self.files.size_bytes, self.table.bytes_at_home
+        spare = sum(files.values()) - 2 * sum(live.values()) - _MOVE_MIN_BYTES
+        names = np.frombuffer(self.table.file, dtype=np.uint32)  # 0, which no file has, where there is no node
+        chosen: set[int] = set()
+        for number in sorted(files, key=lambda number: live[number] / (files[number] + 1)):
+            if spare <= 0 or live[number] * 2 > files[number]:
+                break
+            spare -= files[number]
+            chosen.add(number)
+        too_many = max(0, len(files) - len(chosen) - _MAP_FILES_MAX)
+        chosen.update(sorted(files.keys() - chosen, key=files.__getitem__)[: 2 * too_many])  # two become one
+        found = np.flatnonzero(np.isin(names, np.fromiter(chosen, dtype=np.uint32))) if chosen else ()
+        return [ident for ident in map(int, found) if ident not in frozen]
+
+    # Rows.
+
+    def _copy(self, ids: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        table = self.table
+        columns = {name: np.frombuffer(getattr(table, name), dtype=np.dtype(code))[ids] for name, code in COLUMNS}
+        pinned, counts = self._pinned
+        at = np.searchsorted(ids, pinned)
+        hit = at < len(ids)
+        hit[hit] = ids[at[hit]] == pinned[hit]
+        columns["refs"][at[hit]] -= counts[hit]
+        return ids, columns
+
+    def _copy_page(self, page: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        self._pages_left.discard(page)
+        first = page * _PAGE_ROWS
+        family = np.frombuffer(self.table.family, dtype=np.uint32)[first : first + _PAGE_ROWS]
+        return self._copy((np.flatnonzero(family) + first).astype(np.uint32))
+
+    def _before_change(self, ids: Iterable[int]) -> None:
+        """Rows are about to change: those of pages that are still to be written are copied first."""
+        if self._pages_left:
+            for page in {ident // _PAGE_ROWS for ident in ids} & self._pages_left:
+                self._early.append(self._copy_page(page))
+
+    # Nodes.
+
+    def encode(self, node: Node) -> None:
+        """Make a frozen node bytes, as it is now."""
+        ident = node.ident
+        del self.table.frozen[ident]
+        self.table.encoded[ident] = node
+        self.nodes.append(node)
+        data, mapped = encode(node)
+        self._put(ident, data, crc32c(data), mapped)
+
+    def _put(self, ident: int, data: bytes, crc: int, mapped: int) -> None:
+        self.homes.add(ident, self.map_bytes + self._pending_bytes, len(data), crc, mapped)
+        self._pending.append(data)
+        self._pending_bytes += len(data)
+
+    @property
+    def crc(self) -> int:
+        """The running checksum at the end of the table file."""
+        return self._sections.crc
+
+    # The work.
+
+    def work(self) -> Iterator[Step]:
+        """Everything, in slices. Raises OSError, `StoreStopped`, or `NoSpace`, when nothing refers to what was written yet."""
+        try:
+            yield from self._slices()
+        finally:  # also when a slice has failed and this generator is dropped
+            if self._map is not None:
+                self._map.close()
+
+    def _slices(self) -> Iterator[Step]:
+        if self.garbage_maps or self.garbage_tables:
+            yield self._remove_garbage
+        frozen = self.table.frozen
+        while frozen:
+            for _ in range(min(_NODES_A_SLICE, len(frozen))):
+                self.encode(next(iter(frozen.values())))
+            yield from self._write_when(_PIECE_BYTES)
+            yield None
+        for first in range(0, len(self.moves), _NODES_A_SLICE):
+            yield self._move(self.moves[first : first + _NODES_A_SLICE])
+            yield from self._write_when(_PIECE_BYTES)
+        yield from self._write_when(1)
+        yield self._sync_nodes
+        yield from self._write_rows()
+        yield self._write_table_and_super
+
+    def _remove_garbage(self) -> None:
+        kept = self.files.remove(self.garbage_maps)
+        self.removed_maps = [number for number in self.garbage_maps if number not in kept]
+        self.garbage_maps = kept
+        while self.garbage_tables:
+            self.directory.remove(table_name(self.garbage_tables.pop()))
+
+    def _write_when(self, least_bytes: int) -> Iterator[Step]:
+        if self._pending_bytes < least_bytes:
+            return
+        pending, offset = self._pending, self.map_bytes
+        self.map_bytes += self._pending_bytes
+        self._pending, self._pending_bytes = [], 0
+
+        def write() -> None:
+            with _NoRoom(self):
+                if self._map is None:
+                    self._map = self.directory.create(map_name(self.generation), 0)
+                self._map.pwritev([b"".join(pending)], offset)
+
+        yield write
+
+    def _move(self, ids: list[int]) -> Step:
+        """Take nodes along as bytes. One that cannot be read stays where it is; who needs it will be told."""
+        table, wanted = self.table, []
+        for ident in ids:
+            if table.file[ident] and table.family[ident]:
+                wanted.append((ident, self.files.home_of(ident), table.mapped[ident]))
+
+        def move() -> None:
+            for ident, home, mapped in wanted:
+                try:
+                    data = self.files.read(home)
+                except (StoreDamaged, OSError):
+                    continue
+                self._put(ident, bytes(data), home[3], mapped)
+
+        return move
+
+    def _sync_nodes(self) -> None:
         if self.flush is not None:
             self.flush.run()
-        try:
-            roots = self._write_maps()
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            if map_name(self.generation) in self.directory.names():
-                self.directory.remove(map_name(self.generation))
-            raise NoSpace(name=self.directory.path, reason="there is no room for a checkpoint") from error
+        if self._map is not None:
+            with _NoRoom(self):
+                self._map.datasync()
+
+    def _write_rows(self) -> Iterator[Step]:
+        """Add the rows to the table file; with everything, page by page."""
+        while self._early or self._pages_left:
+            ids, columns = self._early.pop() if self._early else self._copy_page(min(self._pages_left))
+            self.homes.patch(self.generation, ids, columns)
+            if len(ids):
+                self._sections.add_rows(ids, columns)
+            if self._sections.size_bytes - self.table_bytes >= _PIECE_BYTES:
+                yield self._write_sections
+            yield None
+
+    def _write_sections(self) -> None:
+        name = table_name(self.table_file)
+        with _NoRoom(self):
+            if self.everything and not self.table_bytes:
+                file = self.directory.create(name, 0)
+            else:
+                file = self.directory.open(name)
+            try:
+                file.pwritev([b"".join(self._sections.take())], self.table_offset + self.table_bytes)
+                self.table_bytes = self._sections.size_bytes
+                file.datasync()
+            finally:
+                file.close()
+
+    def _write_table_and_super(self) -> None:
+        slots, counts = self.live
+        if len(slots):
+            self._sections.add_live(slots, counts)
+        p, g = self.position, self.geometry
+        # What the super block says too: `simsr salvage` can do without super blocks.
+        self.volumes["super"] = [
+            self.uuid.hex(), self.generation, g.segment_blocks, g.record_blocks, g.fanout_bits, p.seq, p.log_index,
+            p.record_offset, p.prev_crc,
+        ]  # fmt: skip
+        self._sections.add_volumes(self.volumes)
+        self._write_sections()
+        self.directory.sync()
         self.raise_if_stopped()  # if another flush has failed meanwhile, ours proves nothing
-        p = self.position
-        block = Super(
-            self.uuid, self.generation, self.geometry, p.seq, p.log_index, p.record_offset, p.prev_crc, roots
-        )  # fmt: skip
+        end = TableEnd(self.table_file, self.table_offset + self.table_bytes, 0, self._sections.crc)
+        block = Super(self.uuid, self.generation, self.geometry, p.seq, p.log_index, p.record_offset, p.prev_crc, end)
         write_super(self.directory, self.generation, block.pack())
 
-    def _write_maps(self) -> NodeRef:
-        file = self.directory.create(map_name(self.generation), 0)
-        try:
-            writer = _NodeWriter(file, self)
-            for root, line in self.roots:
-                if root is not None:
-                    home = writer.write_tree(root)
-                    line["root"] = [home.file, home.offset, home.length, home.crc]
-            self.table["volumes"] = [line for _, line in self.roots]
-            roots = writer.put(json.dumps(self.table, sort_keys=True, separators=(",", ":")).encode())
-            writer.drain()
-            self.bytes_written = writer.offset
-            file.datasync()
-        finally:
-            file.close()
-        self.directory.sync()
-        return roots
+    def clean_up(self) -> None:
+        """Remove what a checkpoint without room has left."""
+        if self._map is not None:
+            self._map.close()
+        names = [map_name(self.generation), *([table_name(self.table_file)] if self.everything else [])]
+        for name in names:
+            if name in self.directory.names():
+                self.directory.remove(name)
 
 
-class _NodeWriter:
-    """Appends nodes to a map file, children first."""
+class _NoRoom:
+    """Turns "no space left" into `NoSpace`, with nothing left behind."""
 
-    def __init__(self, file: File, job: CheckpointJob) -> None:
-        self._file, self._job = file, job
-        self.offset = 0
-        self._waiting: list[bytes] = []
-        self._waiting_bytes = 0
+    def __init__(self, job: CheckpointJob) -> None:
+        self._job = job
 
-    def put(self, data: bytes) -> NodeRef:
-        ref = NodeRef(self._job.generation, self.offset + self._waiting_bytes, len(data), crc32c(data))
-        self._waiting.append(data)
-        self._waiting_bytes += len(data)
-        if self._waiting_bytes >= _PIECE_BYTES:
-            self.drain()
-        return ref
+    def __enter__(self) -> None:
+        pass
 
-    def drain(self) -> None:
-        if self._waiting:
-            self._file.pwritev([b"".join(self._waiting)], self.offset)
-            self.offset += self._waiting_bytes
-            self._waiting, self._waiting_bytes = [], 0
-
-    def _home_of(self, node: Node) -> NodeRef | None:
-        entry = self._job.homes.get(id(node))
-        if entry is not None:
-            return entry[1]
-        return None if self._job.rewrite_all else node.home
-
-    def write_tree(self, root: Node) -> NodeRef:
-        """Write what is not on disk yet below ``root``; returns where the root is. Does not recurse."""
-        stack: list[tuple[Node, bool]] = [(root, False)]
-        while stack:
-            node, kids_done = stack.pop()
-            if self._home_of(node) is not None:
-                continue
-            if kids_done or isinstance(node, Leaf):
-                self._job.homes[id(node)] = (node, self.put(encode_node(node, self._home_of)))
-            else:
-                stack.append((node, True))
-                stack.extend((kid, False) for kid in node.kids if kid is not None)
-        return self._home_of(root)
-
-
-class NodeLoader:
-    """Reads trees back, each node once, so what was shared is shared again. Counts what it loads in ``usage``."""
-
-    def __init__(self, directory: Directory, geometry: Geometry, usage: Usage) -> None:
-        self._directory, self._usage = directory, usage
-        self._fanout = 1 << geometry.fanout_bits
-        self._images: dict[int, memoryview] = {}
-        self._nodes: dict[NodeRef, Node] = {}
-
-    def fetch(self, ref: NodeRef) -> memoryview:
-        """The bytes at ``ref``, verified."""
-        if ref.file not in self._images:
-            try:
-                file = self._directory.open(map_name(ref.file))
-            except FileNotFoundError:
-                raise self._damage(ref, "the file is missing") from None
-            image = memoryview(bytearray(file.size_bytes))
-            file.pread(image, 0)
-            file.close()
-            self._images[ref.file] = image
-        data = self._images[ref.file][ref.offset : ref.offset + ref.length]
-        if len(data) != ref.length or crc32c(data) != ref.crc:
-            raise self._damage(ref, "the checksum does not fit")
-        return data
-
-    def load(self, ref: NodeRef, height: int) -> Node:
-        """Return the node at ``ref``, with one more holder."""
-        node = self._nodes.get(ref)
-        if node is not None:
-            node.refs += 1
-            return node
-        node = self._decode(ref, self.fetch(ref), height)
-        self._usage.came_home(node, ref)
-        self._nodes[ref] = node
-        return node
-
-    def _decode(self, ref: NodeRef, data: memoryview, height: int) -> Node:
-        kind, _, count = _HEAD.unpack_from(data)
-        body = data[_HEAD.size :]
-        if height and kind == _INNER:
-            kids: list[Node | None] = [None] * self._fanout
-            for index, file, offset, length, crc in _KID.iter_unpack(body):
-                kids[index] = self.load(NodeRef(file, offset, length, crc), height - 1)
-            return Inner(kids)
-        if not height and kind in (_DENSE, _SPARSE):
-            vector = np.zeros(self._fanout, dtype=np.uint64)
-            if kind == _DENSE:
-                vector[:] = np.frombuffer(body, dtype="<u8")
-            else:
-                vector[np.frombuffer(body[: 2 * count], dtype="<u2")] = np.frombuffer(body[2 * count :], dtype="<u8")
-            leaf = Leaf(array("Q", vector.tobytes()))
-            if len(vector):
-                self._usage.reserve(int(((vector & 0xFFFFFFFF) >> self._usage.segment_shift).max()))
-            self._usage.count_leaf(leaf, +1)
-            return leaf
-        raise self._damage(ref, f"a node of kind {kind} stands at height {height}")
-
-    def _damage(self, ref: NodeRef, reason: str) -> StoreDamaged:
-        return StoreDamaged(
-            path=self._directory.path,
-            reason=f"map node at offset {ref.offset} of {map_name(ref.file)} cannot be used: {reason}",
-        )
-
-
-def wants_rewrite(usage: Usage, bytes_in_files: int) -> bool:
-    """Whether more than half of the map files is garbage."""
-    return bytes_in_files > _REWRITE_MIN_BYTES and bytes_in_files > 2 * sum(usage.bytes_at_home.values())
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            self._job.clean_up()
+            raise NoSpace(name=self._job.directory.path, reason="there is no room for a checkpoint") from error

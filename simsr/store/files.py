@@ -6,6 +6,7 @@ implementation below it and enumerate every state a power cut may leave. Both im
 * ``pwritev`` transfers everything or raises; what it wrote survives the death of the process at once and a power
   cut only after ``datasync``.
 * an `Area` (a writable shared mapping of a part of a file) behaves as ``pwritev`` does, but costs no system call.
+* ``pread_disk`` asks the disk itself, where that is possible, and leaves the page cache as it is.
 * ``read_cached`` never waits for a disk: it answers False when a page is not in memory.
 * a file created, or removed, is durably so after ``Directory.sync``.
 """
@@ -45,7 +46,9 @@ class File(Protocol):
 
     def pwritev(self, buffers: Sequence, offset: int) -> None: ...
     def pread(self, view: memoryview, offset: int) -> None: ...
+    def pread_disk(self, view: memoryview, offset: int) -> None: ...
     def read_cached(self, view: memoryview, offset: int) -> bool: ...
+    def will_need(self, offset: int, length: int) -> None: ...
     def area(self, offset: int, length: int) -> Area: ...
     def datasync(self) -> None: ...
     def close(self) -> None: ...
@@ -105,6 +108,20 @@ class DiskFile:
                 raise OSError(errno.EIO, f"the file ends at {offset + done}, {len(view) - done} bytes too early")
             done += count
 
+    def pread_disk(self, view: memoryview, offset: int) -> None:
+        """``view`` must begin at a page, and it and ``offset`` be whole blocks of the disk, or the page cache is asked after all."""
+        try:
+            fd = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+            try:
+                if os.preadv(fd, [view], offset) == len(view):
+                    return
+            finally:
+                os.close(fd)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOENT, errno.EOPNOTSUPP):  # this file system cannot, or there is no /proc
+                raise
+        self.pread(view, offset)
+
     def read_cached(self, view: memoryview, offset: int) -> bool:
         try:
             return os.preadv(self._fd, (view,), offset, os.RWF_NOWAIT) == len(view)
@@ -114,6 +131,10 @@ class DiskFile:
             if error.errno == errno.EOPNOTSUPP:  # this file system cannot say: let a worker thread read
                 return False
             raise
+
+    def will_need(self, offset: int, length: int) -> None:
+        """Have the kernel begin to read this; does not wait for it."""
+        os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
 
     def area(self, offset: int, length: int) -> Area:
         return DiskArea(self._fd, offset, length)

@@ -20,15 +20,19 @@ __all__ = [
     "ZERO_BLOCK",
     "ZERO_CRC",
     "Geometry",
-    "NodeRef",
+    "TableEnd",
     "Super",
     "SegmentHeader",
     "Record",
     "EXTENTS",
     "COMMIT",
     "MARK",
+    "MOVED",
+    "SUMMARY",
     "HOLE",
+    "Moves",
     "pack_extents",
+    "family_of_extents",
     "unpack_extents",
     "pack_record",
     "unpack_record",
@@ -37,7 +41,7 @@ __all__ = [
 if sys.byteorder != "little":
     raise ImportError("simsr's disk format is little endian, and it has not been taught to run on this machine")
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 BLOCK = 4096
 ZERO_BLOCK = bytes(BLOCK)
 ZERO_CRC = crc32c(ZERO_BLOCK)
@@ -51,10 +55,11 @@ HEADER_BYTES = 64
 
 _RECORD = struct.Struct("<IHBBQQIIII")
 RECORD_BYTES = _RECORD.size  # 40
+SALT_AT = 28
 RECORD_UNIT = 8
 MAX_RECORD_BYTES = 0xFFFF * RECORD_UNIT
 
-EXTENTS, COMMIT, MARK = 1, 2, 3
+EXTENTS, COMMIT, MARK, MOVED, SUMMARY = 1, 2, 3, 4, 5
 HOLE = 1 << 27
 COUNT_MASK = HOLE - 1
 START_SHIFT = 28
@@ -95,8 +100,8 @@ class Geometry:
 
 
 @dataclass(frozen=True)
-class NodeRef:
-    """Where a map node lies: byte range of checkpoint file ``file``, and the CRC-32C of these bytes."""
+class TableEnd:
+    """Where the last checkpoint ends: table file ``file`` up to ``offset``, and the running CRC-32C there. ``length`` is 0."""
 
     file: int
     offset: int
@@ -115,10 +120,10 @@ class Super:
     log_index: int  # replay begins in the segment with this log index ...
     record_offset: int  # ... at this offset of its record area
     prev_crc: int  # CRC of record `seq`
-    roots: NodeRef
+    end: TableEnd
 
     def pack(self) -> bytes:
-        g, r = self.geometry, self.roots
+        g, r = self.geometry, self.end
         fields = (
             _SUPER_MAGIC, FORMAT_VERSION, BLOCK, self.uuid, self.generation, g.segment_blocks, g.record_blocks,
             g.fanout_bits, self.record_offset, self.seq, self.log_index, self.prev_crc, r.file, r.length, r.offset, r.crc,
@@ -141,7 +146,7 @@ class Super:
         geometry = Geometry(f[5], f[6], f[7])
         if f[2] != BLOCK or not geometry.valid():
             return None
-        return Super(f[3], f[4], geometry, f[9], f[10], f[8], f[11], NodeRef(f[12], f[14], f[13], f[15]))
+        return Super(f[3], f[4], geometry, f[9], f[10], f[8], f[11], TableEnd(f[12], f[14], f[13], f[15]))
 
 
 def salt_of(uuid: bytes, log_index: int) -> int:
@@ -159,9 +164,10 @@ class SegmentHeader:
     first_seq: int
     durable_seq: int
     prev_crc: int
+    survivors: bool = False  # filled by the cleaner, not by the log
 
     def pack(self) -> bytes:
-        fields = (_HEADER_MAGIC, FORMAT_VERSION, 0, self.uuid, self.log_index, self.first_seq, self.durable_seq)
+        fields = (_HEADER_MAGIC, FORMAT_VERSION, self.survivors, self.uuid, self.log_index, self.first_seq, self.durable_seq)
         body = _HEADER.pack(*fields, self.prev_crc, 0)[:-4]
         return (body + struct.pack("<I", crc32c(body))).ljust(HEADER_BYTES, b"\0")
 
@@ -170,7 +176,7 @@ class SegmentHeader:
         f = _HEADER.unpack_from(data)
         if f[0] != _HEADER_MAGIC or f[1] != FORMAT_VERSION or crc32c(data[: _HEADER.size - 4]) != f[8]:
             return None
-        return SegmentHeader(f[3], f[4], f[5], f[6], f[7])
+        return SegmentHeader(f[3], f[4], f[5], f[6], f[7], bool(f[2]))
 
 
 @dataclass(frozen=True)
@@ -211,13 +217,74 @@ def unpack_record(area: memoryview, offset: int, salt: int) -> Record | None:
     return Record(kind, seq, durable, prev, volume, data_block, body[RECORD_BYTES:], crc, size)
 
 
-def pack_extents(extents: list[int], crcs: array) -> bytes:
-    """The payload of an EXTENTS record: counts, extents (`START_SHIFT`, `HOLE`), one CRC-32C for each data block."""
-    return struct.pack("<II", len(extents), len(crcs)) + array("Q", extents).tobytes() + crcs.tobytes()
+def pack_extents(extents: list[int], crcs: array, family: int) -> bytes:
+    """The payload of an EXTENTS record: counts, extents (`START_SHIFT`, `HOLE`), one CRC-32C for each data block.
+
+    ``family``: of the volume's map, which the cleaner needs when the volume is gone.
+    """
+    return struct.pack("<III4x", len(extents), len(crcs), family) + array("Q", extents).tobytes() + crcs.tobytes()
+
+
+def family_of_extents(payload: bytes) -> int:
+    """The family in an EXTENTS record."""
+    return struct.unpack_from("<I", payload, 8)[0]
 
 
 def unpack_extents(payload: bytes) -> tuple[array, array]:
     """The extents and the checksums of an EXTENTS record."""
     n_extents, n_crcs = struct.unpack_from("<II", payload)
-    middle = 8 + 8 * n_extents
-    return array("Q", payload[8:middle]), array("I", payload[middle : middle + 4 * n_crcs])
+    middle = 16 + 8 * n_extents
+    return array("Q", payload[16:middle]), array("I", payload[middle : middle + 4 * n_crcs])
+
+
+_MOVED = struct.Struct("<III4x")
+
+
+def pack_moved(slot: int, offset: int, crc: int) -> bytes:
+    """The payload of a MOVED record: the segment of survivors, the offset of the SUMMARY there, and its checksum."""
+    return _MOVED.pack(slot, offset, crc)
+
+
+def unpack_moved(payload: bytes) -> tuple[int, int, int]:
+    """(segment, offset of the SUMMARY in its record area, checksum of the SUMMARY)"""
+    return _MOVED.unpack_from(payload)
+
+
+@dataclass(frozen=True)
+class Moves:
+    """The payload of a SUMMARY record: whose blocks were moved, from where, and the CRC-32C of each. They lie in a row."""
+
+    families: array
+    blocks: array
+    old: array
+    crcs: array
+
+    @staticmethod
+    def empty() -> Moves:
+        return Moves(array("I"), array("Q"), array("I"), array("I"))
+
+    def add(self, family: int, block: int, old: int, crc: int) -> None:
+        self.families.append(family)
+        self.blocks.append(block)
+        self.old.append(old)
+        self.crcs.append(crc)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def pack(self) -> bytes:
+        parts = (self.blocks, self.families, self.old, self.crcs)
+        return struct.pack("<I4x", len(self)) + b"".join(part.tobytes() for part in parts)
+
+    @staticmethod
+    def unpack(payload: bytes) -> Moves:
+        (count,) = struct.unpack_from("<I", payload)
+        at, parts = 8, []
+        for code, width in (("Q", 8), ("I", 4), ("I", 4), ("I", 4)):
+            parts.append(array(code, payload[at : at + width * count]))
+            at += width * count
+        return Moves(parts[1], parts[0], parts[2], parts[3])
+
+
+MOVE_BYTES = 20
+"""What a block takes in a SUMMARY."""

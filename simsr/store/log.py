@@ -25,7 +25,10 @@ from simsr.store import layout
 from simsr.store.files import File
 from simsr.store.segments import Segment, SegmentPool
 
-__all__ = ["Log", "FlushJob", "Position"]
+__all__ = ["Log", "FlushJob", "Position", "KEEP_FOR_WRITES", "KEEP_FOR_CLEANING"]
+
+KEEP_FOR_WRITES, KEEP_FOR_CLEANING = 2, 1
+"""Spares that must be left when a segment is taken for data, or for survivors. Deleting and reverting may take the last."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +68,11 @@ class Log:
         self._prev_crc = start.prev_crc
         self._next_log_index = start.log_index
         self.active: Segment | None = None
-        self._unsynced: list[Segment] = []
+        self._unsynced: dict[Segment, None] = {}
         self.flush_needed_seq = start.seq  # the last record that is not a MARK
         self.failure: str | None = None
         self.on_roll: Callable[[], None] | None = None  # told whenever a segment was filled
-        self.blocks_appended = self.records_appended = self.flushes = 0
+        self.blocks_appended = self.records_appended = self.record_bytes_appended = self.flushes = 0
 
     @property
     def position(self) -> Position:
@@ -103,9 +106,9 @@ class Log:
             return 0, 0
         return geometry.segment_blocks - segment.used_blocks, geometry.record_area_bytes - segment.record_end
 
-    def roll(self, keep: int = 1) -> None:
-        """Go on in a fresh segment, and leave ``keep`` spares: the last one is for records without data, so that deleting
-        and reverting work on a full disk. Blocks only when no spare is ready. Raises `NoSpace` with nothing changed."""
+    def roll(self, keep: int = KEEP_FOR_WRITES) -> None:
+        """Go on in a fresh segment, and leave ``keep`` spares: the last ones are for the cleaner and for records without data, so
+        that cleaning, deleting and reverting work on a full disk. Blocks only when no spare is ready. Raises `NoSpace` with nothing changed."""
         self.raise_if_stopped()
         try:
             segment = self._pool.activate(self._next_log_index, self.seq + 1, self.durable_seq, self._prev_crc, keep)
@@ -115,7 +118,7 @@ class Log:
             self._pool.seal(self.active)
         segment.reserve = not self._pool.spares
         self.active = segment
-        self._next_log_index = segment.log_index + 1
+        self._next_log_index = max(self._next_log_index, segment.log_index + 1)
         if self.on_roll is not None:
             self.on_roll()
 
@@ -142,13 +145,23 @@ class Log:
         segment.used_blocks += blocks
         segment.last_seq = self.seq = seq
         self._prev_crc = crc
-        if not self._unsynced or self._unsynced[-1] is not segment:
-            self._unsynced.append(segment)
+        self._unsynced[segment] = None
         if kind != layout.MARK:
             self.flush_needed_seq = seq
         self.blocks_appended += blocks
         self.records_appended += 1
+        self.record_bytes_appended += len(record)
         return segment.slot << self._pool.geometry.segment_shift | data_block
+
+    def new_index(self) -> int:
+        """A log index for a segment outside the log (the cleaner's)."""
+        self._next_log_index += 1
+        return self._next_log_index - 1
+
+    def covers(self, segment: Segment) -> None:
+        """The last record refers to what was written to ``segment``, which is not the active one: the next flush syncs that too."""
+        segment.last_seq = self.seq
+        self._unsynced[segment] = None
 
     # Flushing.
 
@@ -168,7 +181,7 @@ class Log:
             return
         self.durable_seq = job.seq
         self.flushes += 1
-        self._unsynced = [segment for segment in self._unsynced if segment.last_seq > job.seq]
+        self._unsynced = {segment: None for segment in self._unsynced if segment.last_seq > job.seq}
         if self.room(freeing=True)[1] >= layout.RECORD_BYTES:  # also when more was appended meanwhile: nothing may follow it
             self.append(layout.MARK, 0, b"")
 

@@ -84,11 +84,17 @@ class MemoryFile:
             raise OSError(errno.EIO, "read past the end of the file")
         view[:] = data
 
+    def pread_disk(self, view: memoryview, offset: int) -> None:
+        self.pread(view, offset)
+
     def read_cached(self, view: memoryview, offset: int) -> bool:
         if self._owner.cold:
             return False
         self.pread(view, offset)
         return True
+
+    def will_need(self, offset: int, length: int) -> None:
+        pass
 
     def area(self, offset: int, length: int) -> _MemoryArea:
         return _MemoryArea(self, offset, length)

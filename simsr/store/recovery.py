@@ -26,11 +26,14 @@ from crc32c import crc32c
 
 from simsr.errors import StoreDamaged
 from simsr.store import layout
+from simsr.store.contents import read_summary
 from simsr.store.layout import BLOCK, Record, SegmentHeader, Super
 from simsr.store.log import Position
 from simsr.store.segments import Segment, segment_name
 
-__all__ = ["Tail", "find_tail"]
+__all__ = ["Tail", "Scan", "find_tail"]
+
+_INDEXES_NEAR = 1024
 
 
 @dataclass
@@ -40,9 +43,10 @@ class Tail:
     records: list[tuple[Segment, Record]]
     end: Position  # where the log goes on: in a fresh segment
     dropped_records: int
+    cut_short: bool = False  # what had been flushed is not all there, and that was tolerated
 
 
-class _Scan:
+class Scan:
     """One segment of the log, read into memory."""
 
     def __init__(self, segment: Segment, header: SegmentHeader, uuid: bytes, area_bytes: int) -> None:
@@ -65,7 +69,7 @@ class _Scan:
         data = self.area.obj
         position = data.find(needle, offset)
         while position >= 0:
-            start = position - 28
+            start = position - layout.SALT_AT
             if start >= offset and start % layout.RECORD_UNIT == 0:
                 record = layout.unpack_record(self.area, start, self.salt)
                 if record is not None:
@@ -73,28 +77,71 @@ class _Scan:
             position = data.find(needle, position + 1)
 
 
-def _log_segments(found: list[tuple[Segment, bytes]], block: Super, path: str) -> list[tuple[Segment, SegmentHeader]]:
-    """The segments from the checkpoint on, in log order. A header that is neither blank nor valid is damage."""
-    segments = []
+def _headers(
+    found: list[tuple[Segment, bytes]], block: Super, path: str, tolerated: list[str] | None
+) -> Iterator[tuple[Segment, SegmentHeader]]:
+    """The headers of the segments that are, or were, in use. One that is neither blank nor valid is damage."""
+    damaged, indexes = [], set()
     for segment, data in found:
         header = SegmentHeader.unpack(data)
-        if header is None or header.uuid != block.uuid:
-            if any(data):
-                raise StoreDamaged(
-                    path=path, reason=f"the header of {segment_name(segment.slot)} (offset 0) is not valid"
-                )
-        else:
-            segment.log_index, segment.first_seq = header.log_index, header.first_seq
-            if header.log_index >= block.log_index:
-                segments.append((segment, header))
+        if header is not None and header.uuid == block.uuid:
+            indexes.add(header.log_index)
+            yield segment, header
+        elif any(data):
+            reason = f"the header of {segment_name(segment.slot)} (offset 0) is not valid"
+            if tolerated is None:
+                raise StoreDamaged(path=path, reason=reason)
+            damaged.append((segment, reason))
+    for segment, reason in damaged:
+        header = _rebuilt_header(segment, block, indexes)
+        tolerated.append(reason + (", but its records tell what it was" if header else ""))
+        if header is not None:
+            yield segment, header
+
+
+def _rebuilt_header(segment: Segment, block: Super, indexes: set[int]) -> SegmentHeader | None:
+    """What the header must have been, by the first record: that has its salt, which only the right log index gives."""
+    area = memoryview(bytearray(block.geometry.record_area_bytes))
+    segment.file.pread(area, 0)
+    at = layout.HEADER_BYTES + layout.SALT_AT
+    salt = int.from_bytes(area[at : at + 4], "little")
+    record = layout.unpack_record(area, layout.HEADER_BYTES, salt)
+    if record is None:
+        return None
+    for near in sorted({block.log_index, *indexes}, reverse=True):
+        for index in range(max(1, near - _INDEXES_NEAR), near + _INDEXES_NEAR):
+            if layout.salt_of(block.uuid, index) == salt:
+                survivors = record.kind == layout.SUMMARY
+                return SegmentHeader(block.uuid, index, record.seq, 0, record.prev_crc, survivors)
+    return None
+
+
+def _log_segments(
+    found: list[tuple[Segment, bytes]], block: Super, path: str, tolerated: list[str] | None
+) -> list[tuple[Segment, SegmentHeader]]:
+    """The segments from the checkpoint on, in log order."""
+    segments = []
+    for segment, header in _headers(found, block, path, tolerated):
+        segment.log_index, segment.first_seq = header.log_index, header.first_seq
+        segment.age_seq, segment.survivors = header.first_seq, header.survivors
+        segment.salt = layout.salt_of(block.uuid, header.log_index)
+        if header.log_index >= block.log_index and not header.survivors:
+            segments.append((segment, header))
     return sorted(segments, key=lambda item: item[1].log_index)
 
 
-def find_tail(found: list[tuple[Segment, bytes]], block: Super, durable_seq: int, path: str) -> Tail:
+def find_tail(
+    found: list[tuple[Segment, bytes]], block: Super, durable_seq: int, path: str, tolerated: list[str] | None = None
+) -> Tail:
     """Return what has to be replayed after the checkpoint of ``block``; the log was durable at least up to
-    ``durable_seq``. Raises `StoreDamaged`; changes nothing."""
+    ``durable_seq``. Raises `StoreDamaged`; changes nothing.
+
+    ``tolerated``: a list for what is wrong instead, for `simsr salvage`; the tail then ends where the log can be followed no more.
+    """
     area_bytes = block.geometry.record_area_bytes
-    scans = [_Scan(segment, header, block.uuid, area_bytes) for segment, header in _log_segments(found, block, path)]
+    scans = [
+        Scan(segment, header, block.uuid, area_bytes) for segment, header in _log_segments(found, block, path, tolerated)
+    ]
     records: list[tuple[Segment, int, Record]] = []
     crcs = {block.seq: block.prev_crc}  # of the records followed so far
     end_scan, end_offset = None, layout.HEADER_BYTES
@@ -122,27 +169,46 @@ def find_tail(found: list[tuple[Segment, bytes]], block: Super, durable_seq: int
     if durable_seq > seq:
         last_scan = end_scan or (scans[0] if scans else None)
         where = f"{segment_name(last_scan.segment.slot)} at offset {end_offset}" if last_scan else "a segment is missing"
-        raise StoreDamaged(
-            path=path, reason=f"{where}: record {seq + 1} is not valid, but records up to {durable_seq} had been flushed"
-        )
-    kept = _with_data(records, durable_seq)
+        reason = f"{where}: record {seq + 1} is not valid, but records up to {durable_seq} had been flushed"
+        if tolerated is None:
+            raise StoreDamaged(path=path, reason=reason)
+        tolerated.append(reason)
+    by_slot: list[Segment | None] = [None] * (1 + max([0, *(segment.slot for segment, _ in found)]))
+    for segment, _ in found:
+        by_slot[segment.slot] = segment
+    kept = _with_data(records, durable_seq, by_slot)
     dropped += len(records) - len(kept)
     # A power cut may have taken headers and left records behind them: no log index, hence no salt, may be used twice.
-    next_index = max([(block.generation + 1) << 32, *(scan.header.log_index + 1 for scan in scans)])
+    next_index = max([(block.generation + 1) << 32, *(segment.log_index + 1 for segment, _ in found)])
     last_seq, last_crc = (kept[-1][1].seq, kept[-1][1].crc) if kept else (block.seq, block.prev_crc)
-    return Tail(kept, Position(last_seq, next_index, layout.HEADER_BYTES, last_crc), dropped)
+    return Tail(kept, Position(last_seq, next_index, layout.HEADER_BYTES, last_crc), dropped, durable_seq > seq)
 
 
-def _with_data(records: list[tuple[Segment, int, Record]], durable_seq: int) -> list[tuple[Segment, Record]]:
+def _with_data(
+    records: list[tuple[Segment, int, Record]], durable_seq: int, by_slot: list[Segment | None]
+) -> list[tuple[Segment, Record]]:
     """The records up to the first one behind ``durable_seq`` whose data blocks are not on the disk."""
     kept = []
     for segment, _, record in records:
-        if record.seq > durable_seq and record.kind == layout.EXTENTS:
-            _, crcs = layout.unpack_extents(record.payload)
-            data = memoryview(bytearray(len(crcs) * BLOCK))
-            if crcs:
-                segment.file.pread(data, record.data_block * BLOCK)
-            if any(crc32c(data[i * BLOCK : (i + 1) * BLOCK]) != crc for i, crc in enumerate(crcs)):
-                break
+        if record.seq > durable_seq and not _has_data(segment, record, by_slot):
+            break
         kept.append((segment, record))
     return kept
+
+
+def _has_data(segment: Segment, record: Record, by_slot: list[Segment | None]) -> bool:
+    if record.kind == layout.EXTENTS:
+        _, crcs = layout.unpack_extents(record.payload)
+        first = record.data_block
+    elif record.kind == layout.MOVED:
+        slot, offset, crc = layout.unpack_moved(record.payload)
+        summary = read_summary(by_slot, slot, offset, crc)
+        if summary is None:
+            return False
+        segment, first, crcs = by_slot[slot], summary.data_block, layout.Moves.unpack(summary.payload).crcs
+    else:
+        return True
+    data = memoryview(bytearray(len(crcs) * BLOCK))
+    if crcs:
+        segment.file.pread(data, first * BLOCK)
+    return all(crc32c(data[i * BLOCK : (i + 1) * BLOCK]) == crc for i, crc in enumerate(crcs))

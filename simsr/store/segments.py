@@ -4,9 +4,10 @@ A segment file starts with its record area (header, then records) and goes on wi
 
     absent -> spare -> active -> sealed -> dead (no slot of any map names it) -> spare -> active ...
 
-Files are written through once when they are made and then used for ever: never unlinked, never truncated. First touch
-of fresh memory and of unwritten extents is what makes a growing log slow (research/performance.md 5), so a dead
-segment is preferred to a new file, and the most recently used of them first, because its pages are in memory.
+Files are written through once when they are made and then used again and again: never truncated, and unlinked only when the store has
+long been quiet and has many more than it needs. First touch of fresh memory and of unwritten extents is what makes a growing log
+slow (research/performance.md 5), so a dead segment is preferred to a new file, and the most recently used of them first, because its
+pages are in memory.
 
 A dead segment may be used again only after a checkpoint that was begun after it died is durable (until then replay may
 need its records, and a power cut may bring its blocks back to life) and when no reader holds a pin on it.
@@ -18,10 +19,13 @@ import errno
 import re
 from enum import Enum
 
+import numpy as np
+
 from simsr.errors import NoSpace, StoreDamaged
-from simsr.store.extent_map import PHYSICAL_MASK, Usage
 from simsr.store.files import Area, Directory, File
 from simsr.store.layout import HEADER_BYTES, Geometry, SegmentHeader, salt_of
+from simsr.store.nodes import PHYSICAL_MASK
+from simsr.store.usage import Usage
 
 __all__ = ["State", "Segment", "SegmentPool", "segment_name"]
 
@@ -44,6 +48,7 @@ class Segment:
 
     __slots__ = (
         "slot", "file", "state", "area", "log_index", "salt", "first_seq", "last_seq", "used_blocks", "record_end", "pins", "reserve",
+        "age_seq", "survivors",
     )  # fmt: skip
 
     def __init__(self, slot: int, file: File) -> None:
@@ -53,6 +58,8 @@ class Segment:
         self.area: Area | None = None
         self.log_index = self.salt = self.first_seq = self.last_seq = 0
         self.used_blocks = self.record_end = 0
+        self.age_seq = 0  # about when what is in it was written
+        self.survivors = False
         self.reserve = False  # taken into use when it was the last one
         self.pins = 0  # reads under way in worker threads
 
@@ -73,11 +80,19 @@ class SegmentPool:
         self._condemned: list[Segment] = []  # dead and past their checkpoint, but pinned
         self._making: set[int] = set()
         self._unmade: list[str] = []
+        self.cap_segments: int | None = None  # the size limit of the SR
+        self.cannot_grow = False  # the last attempt to make a segment file found no room
 
-    def adopt(self) -> list[tuple[Segment, bytes]]:
+    @property
+    def count(self) -> int:
+        """How many segments there are, or will be."""
+        return len(self.by_slot) - 1 - self.by_slot[1:].count(None) + len(self._making)
+
+    def adopt(self, tolerated: list[str] | None = None) -> list[tuple[Segment, bytes]]:
         """Open the segment files that are there; returns each with its header bytes. Used once, by recovery.
 
-        Raises `StoreDamaged` if one in use has a wrong size; one whose making was cut short waits for `remove_unmade`.
+        Raises `StoreDamaged` if one in use has a wrong size (or adds it to ``tolerated``, and takes it as it is); one whose making was
+        cut short waits for `remove_unmade`.
         """
         found = []
         for name in self._directory.names():
@@ -86,16 +101,18 @@ class SegmentPool:
             if not slot or slot > self._slot_max:
                 continue
             file = self._directory.open(name)
-            header = bytearray(min(HEADER_BYTES, file.size_bytes))
-            file.pread(memoryview(header), 0)
+            header = bytearray(HEADER_BYTES)
+            file.pread(memoryview(header)[: min(HEADER_BYTES, file.size_bytes)], 0)
             if file.size_bytes != self.geometry.segment_bytes:
-                size_bytes = file.size_bytes
-                file.close()
-                if any(header):
-                    reason = f"{name} has {size_bytes} bytes, not {self.geometry.segment_bytes}"
+                reason = f"{name} has {file.size_bytes} bytes, not {self.geometry.segment_bytes}"
+                if not any(header) or tolerated is None:
+                    file.close()
+                if any(header) and tolerated is None:
                     raise StoreDamaged(path=self._directory.path, reason=reason)
-                self._unmade.append(name)
-                continue
+                if not any(header):
+                    self._unmade.append(name)
+                    continue
+                tolerated.append(reason)
             while len(self.by_slot) <= slot:
                 self.by_slot.append(None)
             self._usage.reserve(slot)
@@ -133,6 +150,8 @@ class SegmentPool:
             self.by_slot.append(None)
         if slot > self._slot_max:
             raise NoSpace(name=self._directory.path, reason="the store has as many segments as it can number")
+        if self.cap_segments is not None and self.count >= self.cap_segments:
+            raise NoSpace(name=self._directory.path, reason=f"the SR is full: all its {self.cap_segments} segments are in use")
         self._making.add(slot)
         return slot
 
@@ -155,12 +174,31 @@ class SegmentPool:
             segment = self.by_slot[slot] = Segment(slot, file)
             self.spares.insert(0, segment)
 
-    @property
-    def wanted(self) -> int:
-        """How many spares should be made now: two more than none, and a few more when the store is large."""
-        in_use = len(self.by_slot) - 1 - len(self.spares) - len(self._making)
-        target = min(8, 3 + in_use // 8)
-        return max(0, target - len(self.spares) - len(self._making))
+    def wanted(self, cap: int) -> int:
+        """How many spares should be made now, if the store is to have at most ``cap`` segments."""
+        in_use = self.count - len(self.spares) - len(self._making)
+        target = min(10, 5 + in_use // 8)
+        return max(0, min(target - len(self.spares) - len(self._making), cap - self.count))
+
+    def take_spare_away(self) -> Segment:
+        """Forget the spare that was used longest ago; its file is to be removed (`unlink`)."""
+        segment = self.spares.pop(0)
+        self.by_slot[segment.slot] = None
+        self._making.add(segment.slot)  # until the file is gone, its name is taken
+        return segment
+
+    def unlink(self, segment: Segment) -> None:
+        """Remove the file of a segment that `take_spare_away` gave. Blocks."""
+        segment.file.close()
+        self._directory.remove(segment_name(segment.slot))
+        self._making.discard(segment.slot)
+
+    def remove_spare(self) -> bool:
+        """Give the file of one spare back to the host, if there is one to spare; whether there was. Blocks, briefly."""
+        if len(self.spares) <= 1:
+            return False
+        self.unlink(self.take_spare_away())
+        return True
 
     # The log.
 
@@ -173,15 +211,19 @@ class SegmentPool:
         finally:
             self.add(slot, file)
 
-    def activate(self, log_index: int, first_seq: int, durable_seq: int, prev_crc: int, keep: int) -> Segment:
-        """Turn a spare into the active segment; ``keep`` more must be left. Makes them on the spot if they are missing."""
+    def activate(
+        self, log_index: int, first_seq: int, durable_seq: int, prev_crc: int, keep: int, survivors: bool = False
+    ) -> Segment:
+        """Turn a spare into the active segment of the log, or of the cleaner; ``keep`` more must be left. Makes them on the spot if
+        they are missing. Raises `NoSpace`, OSError."""
         while len(self.spares) <= keep:
             self.make_one()
         segment = self.spares.pop()
-        header = SegmentHeader(self._uuid, log_index, first_seq, durable_seq, prev_crc).pack()
+        header = SegmentHeader(self._uuid, log_index, first_seq, durable_seq, prev_crc, survivors).pack()
         segment.state = State.ACTIVE
         segment.log_index, segment.salt = log_index, salt_of(self._uuid, log_index)
         segment.first_seq, segment.last_seq = first_seq, first_seq - 1
+        segment.age_seq, segment.survivors = first_seq, survivors
         segment.used_blocks = self.geometry.record_blocks
         segment.area = segment.file.area(0, self.geometry.record_area_bytes)
         segment.area.write(0, header)
@@ -195,8 +237,9 @@ class SegmentPool:
 
     def dead(self) -> list[Segment]:
         """The sealed segments that no map names. O(segments)."""
-        live = self._usage.live
-        return [s for s in self.by_slot if s is not None and s.state is State.SEALED and not live[s.slot]]
+        live = np.array(self._usage.live, dtype=np.int64)[: len(self.by_slot)]
+        found = (self.by_slot[slot] for slot in np.flatnonzero(live == 0).tolist())
+        return [segment for segment in found if segment is not None and segment.state is State.SEALED]
 
     def recycle(self, dead: list[Segment]) -> None:
         """Make spares of ``dead``, which a durable checkpoint has left behind; those with readers follow later."""

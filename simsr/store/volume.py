@@ -13,16 +13,19 @@ Blocks of zeros are stored as holes: the checksum of a zero block is known, so f
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from crc32c import crc32c
 
 from simsr.errors import BadRequest, BlockDamaged, NotFound
 from simsr.store import layout
-from simsr.store.extent_map import PHYSICAL_MASK, ExtentMap, Usage
+from simsr.store.extent_map import ExtentMap
 from simsr.store.layout import BLOCK, COUNT_MASK, HOLE, START_SHIFT, ZERO_BLOCK, ZERO_CRC
 from simsr.store.log import Log
+from simsr.store.node_table import Absent, NodeTable
+from simsr.store.nodes import PHYSICAL_MASK
+from simsr.store.paging import PageJob
 from simsr.store.segments import Segment, SegmentPool
 
 __all__ = ["Volume", "ReadJob", "Write", "Fetched"]
@@ -61,6 +64,12 @@ class ReadJob:
             if segment is not None:
                 segment.pins += 1
 
+    def begin(self) -> None:
+        """Have the disk begin with what `run` will wait for. Optional; for when several jobs run one after the other."""
+        for segment, position, _, length in self._runs:
+            if segment is not None:
+                segment.file.will_need(position, length)
+
     def run(self) -> None:
         """Fill the view. Raises OSError, or `BlockDamaged` when a checksum does not fit."""
         head = self._offset - self._start
@@ -94,13 +103,19 @@ class Volume:
     ``meta`` belongs to the model above; the store keeps it and looks at nothing in it.
     """
 
-    def __init__(self, ident: int, size_bytes: int, meta: dict, log: Log, pool: SegmentPool, usage: Usage, path: str):
+    def __init__(
+        self, ident: int, size_bytes: int, meta: dict, log: Log, pool: SegmentPool, table: NodeTable,
+        page_job: Callable[[Iterable[int]], PageJob], changed: set[int],
+    ) -> None:  # fmt: skip
         self.ident = ident
         self.meta = meta
-        self._log, self._pool, self._usage, self._path = log, pool, usage, path
+        self._log, self._pool, self._table, self._usage = log, pool, table, table.usage
+        self._path = pool.path
+        self.page_job = page_job
+        self._changed = changed  # idents of volumes that differ from the last checkpoint
         self._shift = pool.geometry.segment_shift
         self._block_mask = pool.geometry.segment_blocks - 1
-        self.map = ExtentMap(usage, pool.geometry.fanout_bits)
+        self.map = ExtentMap(table, ident)
         self._cut_view: memoryview | None = None
         self._cut: list[memoryview] = []
         self.size_bytes = 0
@@ -109,6 +124,19 @@ class Volume:
     def resize(self, size_bytes: int) -> None:
         self.size_bytes = size_bytes
         self.map.grow((size_bytes + _BLOCK_MASK) >> _BLOCK_SHIFT)
+
+    def line(self) -> dict:
+        """The volume as a checkpoint lists it."""
+        m = self.map
+        return {
+            "ident": self.ident, "size_bytes": self.size_bytes, "meta": self.meta, "family": m.family, "root": m.root,
+            "height": m.height, "mapped_blocks": m.mapped_blocks,
+        }  # fmt: skip
+
+    def load(self, line: dict) -> None:
+        """Take over the content that `line` describes."""
+        m = self.map
+        m.family, m.root, m.height, m.mapped_blocks = line["family"], line["root"], line["height"], line["mapped_blocks"]
 
     def retire(self) -> None:
         """The volume was deleted: let go of its content; whoever still writes to it gets `NotFound`."""
@@ -142,12 +170,19 @@ class Volume:
         by_slot, shift, block_mask = self._pool.by_slot, self._shift, self._block_mask
         for index, (offset, view) in enumerate(batch):
             if len(view) != BLOCK or offset & _BLOCK_MASK:
-                if not (self._read_run(offset, view) or self._read_long(offset, view)):
+                try:
+                    if not (self._read_run(offset, view) or self._read_long(offset, view)):
+                        cold.append(index)
+                except Absent:
                     cold.append(index)
                 continue
             block = offset >> _BLOCK_SHIFT
             number = block >> bits
-            slots = cache[number] if number in cache else self.map.slots_at(number)
+            try:
+                slots = cache[number] if number in cache else self.map.slots_at(number)
+            except Absent:
+                cold.append(index)
+                continue
             entry = slots[block & mask] if slots is not None else 0
             if not entry:
                 view[:] = ZERO_BLOCK
@@ -160,7 +195,7 @@ class Volume:
         return cold
 
     def read_job(self, offset: int, view: memoryview) -> ReadJob:
-        """A job that reads from the disk what `read` found to be cold."""
+        """A job that reads from the disk what `read` found to be cold. Raises `Absent`."""
         return ReadJob(self, offset, view)
 
     def read_bytes(self, offset: int, length: int) -> bytes:
@@ -168,7 +203,8 @@ class Volume:
         self.check_range(offset, length)
         data = bytearray(length)
         if length:
-            job = ReadJob(self, offset, memoryview(data))
+            with self._table.waiting():
+                job = ReadJob(self, offset, memoryview(data))
             try:
                 job.run()
             finally:
@@ -273,22 +309,25 @@ class Volume:
         )  # fmt: skip
 
     def allocation(self, offset: int, length: int, extents_max: int = 1 << 16) -> list[tuple[int, bool]]:
-        """Describe a range as [(length in bytes, is data)], alternating; may stop early after ``extents_max``."""
+        """Describe a range as [(length in bytes, is data)], alternating; may stop early, after ``extents_max`` or where a map node
+        is not in memory. Raises `Absent` if that is so at the very beginning. O(leaves of the range that are mapped)."""
         extents: list[list] = []
         position, end = offset, offset + length
         span = self.map.fanout << _BLOCK_SHIFT
-        while position < end and len(extents) <= extents_max:
-            stop = min(end, (position // span + 1) * span)
-            if self.map.slots_at(position // span) is None:
-                pieces = [(stop - position, False)]
-            else:
-                pieces = self._allocation_of_leaf(position, stop)
-            for count, data in pieces:
-                if extents and extents[-1][1] == data:
-                    extents[-1][0] += count
-                else:
-                    extents.append([count, data])
-            position = stop
+        try:
+            while position < end and len(extents) <= extents_max:
+                number = position // span
+                hole_leaves = self.map.hole_at(number)
+                stop = min(end, (number + (hole_leaves or 1)) * span)
+                for count, data in [(stop - position, False)] if hole_leaves else self._allocation_of_leaf(position, stop):
+                    if extents and extents[-1][1] == data:
+                        extents[-1][0] += count
+                    else:
+                        extents.append([count, data])
+                position = stop
+        except Absent:
+            if not extents:
+                raise
         return [(count, data) for count, data in extents[:extents_max]]
 
     def _allocation_of_leaf(self, position: int, stop: int) -> list[tuple[int, bool]]:
@@ -311,14 +350,21 @@ class Volume:
     def write(self, batch: Sequence[Write], start: int = 0, fetched: Fetched | None = None) -> int:
         """Write ``batch[start:]`` in order; returns how many requests of ``batch`` are done.
 
-        Fewer than all: the next one covers a part of a block that is not in memory. Run the jobs of `edge_jobs` for that
-        request, and call again with that ``start`` and what they fetched. What was fetched is used only if the block is
+        Fewer than all: the next one needs a map node, or a block that it covers in part, that is not in memory. Run the jobs of
+        `edge_jobs` for that request, and call again with that ``start`` and what they fetched. What was fetched is used only if the block is
         still the same, so others may write meanwhile. Ranges must lie inside the volume. Raises `StoreStopped`, or
         `NoSpace` (what came before in the batch may have been written then).
         """
         gather = _Gather(self)
+        owned, leaf_shift = self.map.owned, self.map.bits + _BLOCK_SHIFT
         for index in range(start, len(batch)):
             offset, length, view = batch[index]
+            if length != BLOCK or offset & _BLOCK_MASK or offset >> leaf_shift not in owned:
+                try:
+                    self._ready(offset, length, view is None)
+                except Absent:
+                    gather.emit()
+                    return index
             if (offset | length) & _BLOCK_MASK:
                 gather.emit()
                 if not self._write_edges(gather, offset, length, view, fetched):
@@ -332,6 +378,16 @@ class Volume:
         gather.emit()
         return len(batch)
 
+    def _ready(self, offset: int, length: int, hole: bool) -> None:
+        """Raise `Absent` unless a write of this range can be carried out without reading a map node."""
+        first, last = offset >> _BLOCK_SHIFT, (offset + length + _BLOCK_MASK) >> _BLOCK_SHIFT
+        if hole:
+            for block in self._partial_blocks(offset, length):
+                self.map.ready(block, block + 1)
+            self.map.ready_to_clear((offset + _BLOCK_MASK) >> _BLOCK_SHIFT, (offset + length) >> _BLOCK_SHIFT)
+        elif first < last:
+            self.map.ready(first, last)
+
     @staticmethod
     def _partial_blocks(offset: int, length: int) -> list[int]:
         """The first and last block of a range, where it covers them only in part."""
@@ -344,8 +400,9 @@ class Volume:
             partial.append(last)
         return partial
 
-    def edge_jobs(self, offset: int, length: int) -> dict[int, ReadJob]:
-        """Jobs that fetch the blocks a write of this range covers only in part, by block number."""
+    def edge_jobs(self, offset: int, length: int, hole: bool = False) -> dict[int, ReadJob]:
+        """Jobs that fetch the blocks a write of this range covers only in part, by block number. Raises `Absent`."""
+        self._ready(offset, length, hole)
         jobs = {}
         for block in self._partial_blocks(offset, length):
             jobs[block] = ReadJob(self, block << _BLOCK_SHIFT, memoryview(bytearray(BLOCK)))
@@ -382,6 +439,7 @@ class Volume:
 
     def apply(self, extents: Sequence[int], crcs: array, physical: int) -> None:
         """Bring the map up to a record: data blocks lie from ``physical`` on. Also what replay does."""
+        self._changed.add(self.ident)
         if crcs:
             self._usage.live[physical >> self._shift] += len(crcs)
         owned, bits, mask = self.map.owned, self.map.bits, self.map.fanout - 1
@@ -447,7 +505,7 @@ class _Gather:
         self.crcs = array("I")
         self.views: list[memoryview] = []
         self.blocks_left, record_bytes = self.volume._log.room()
-        self.bytes_left = min(record_bytes, layout.MAX_RECORD_BYTES) - layout.RECORD_BYTES - 16
+        self.bytes_left = min(record_bytes, layout.MAX_RECORD_BYTES) - layout.RECORD_BYTES - 24
 
     def _make_room(self, blocks: int) -> None:
         """Have room for one extent and at least one of ``blocks`` blocks, by emitting and rolling if need be."""
@@ -506,7 +564,7 @@ class _Gather:
     def emit(self) -> None:
         if self.extents:
             volume = self.volume
-            payload = layout.pack_extents(self.extents, self.crcs)
+            payload = layout.pack_extents(self.extents, self.crcs, volume.map.family)
             physical = volume._log.append(
                 layout.EXTENTS, volume.ident, payload, self.views, len(self.crcs)
             )

@@ -104,6 +104,8 @@ class FakeDaemon:
             "virtual_allocation_bytes": sum(vdi["size_bytes"] for vdi in own),
             "vdi_count": len(own),
             "snapshot_count": sum(vdi["is_a_snapshot"] for vdi in own),
+            "limit_bytes": None,
+            "space": {f"{name}_bytes": 4096 for name in ("live", "garbage", "reclaimable", "reserved", "free", "map", "segment")},
         }
 
     def answer(self, method: str, target: str, body: Any) -> tuple[int, Any]:

@@ -75,7 +75,7 @@ class Api:
         """All SRs, without what changes by itself, and all VDIs."""
         srs = self.ok("GET", "/v1/srs")
         for sr in srs:
-            for key in ("statistics", "physical_size_bytes", "physical_utilisation_bytes"):
+            for key in ("statistics", "space", "physical_size_bytes", "physical_utilisation_bytes"):
                 del sr[key]
         return srs, self.ok("GET", "/v1/vdis")
 

@@ -59,6 +59,7 @@ class FakeDisk:
         self.flush_failure: Exception | None = None
         self.extents: list[tuple[int, bool]] | None = None  # what `allocation` answers with
         self.allocation_failure: Exception | None = None
+        self.allocation_is_cold = False  # the first question has to wait
         self.log: list[tuple] = []
         self.durable = True
         self.detached = self.attached = 0
@@ -90,19 +91,27 @@ class FakeDisk:
                 view[:] = self.content[offset : offset + len(view)]
         return cold
 
-    async def read_cold(self, offset: int, view: memoryview) -> None:
-        self.log.append(("read_cold", offset, len(view)))
+    async def read_cold(self, batch: Sequence[tuple[int, memoryview]]) -> list[Exception | None]:
+        total = sum(len(view) for _, view in batch)
+        self.log += [("read_cold", offset, len(view)) for offset, view in batch]
         self.cold_now += 1
-        self.cold_bytes_now += len(view)
+        self.cold_bytes_now += total
         self.cold_most = max(self.cold_most, self.cold_now)
         self.cold_bytes_most = max(self.cold_bytes_most, self.cold_bytes_now)
+        errors: list[Exception | None] = []
         try:
             await self.gate.wait()
-            self._check(offset, len(view))
-            view[:] = self.content[offset : offset + len(view)]
+            for offset, view in batch:
+                try:
+                    self._check(offset, len(view))
+                    view[:] = self.content[offset : offset + len(view)]
+                    errors.append(None)
+                except (OSError, SimsrError) as error:
+                    errors.append(error)
         finally:
             self.cold_now -= 1
-            self.cold_bytes_now -= len(view)
+            self.cold_bytes_now -= total
+        return errors
 
     def write(self, batch: Sequence[Write]) -> int:
         limit = len(batch) if self.write_limit is None else min(self.write_limit, len(batch))
@@ -152,7 +161,14 @@ class FakeDisk:
         await self.gate.wait()
         self._check(offset, length)
 
+    async def allocation_cold(self, offset: int, length: int, extents_max: int) -> list[tuple[int, bool]]:
+        self.allocation_is_cold = False
+        await self.gate.wait()
+        return self.allocation(offset, length, extents_max)
+
     def allocation(self, offset: int, length: int, extents_max: int) -> list[tuple[int, bool]]:
+        if self.allocation_is_cold:
+            return []
         self.log.append(("allocation", offset, length, extents_max))
         if self.allocation_failure is not None:
             raise self.allocation_failure

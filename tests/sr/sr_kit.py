@@ -107,7 +107,7 @@ Photo = dict[str, tuple[dict, bytes]]
 def photo(repository: Repository) -> Photo:
     """Everything there is to see, the SR under the key ''."""
     own = repository.describe()
-    for key in ("statistics", "physical_size_bytes", "physical_utilisation_bytes"):
+    for key in ("statistics", "space", "physical_size_bytes", "physical_utilisation_bytes"):
         del own[key]
     return {"": (own, b"")} | {uuid: (vdi.describe(), content(vdi)) for uuid, vdi in repository.vdis.items()}
 

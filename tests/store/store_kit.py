@@ -13,10 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
-from simsr.errors import NoSpace
+from simsr.errors import NoSpace, SimsrError
 from simsr.store import layout
 from simsr.store.layout import BLOCK, Geometry
 from simsr.store.memory import MemoryDirectory
+from simsr.store.node_table import Absent, MapMemory
 from simsr.store.store import Create, Delete, Op, Reset, Resize, SetMeta, Store
 from simsr.store.volume import Volume
 
@@ -36,9 +37,22 @@ def content(tag: int) -> bytes:
     return random.Random(tag).randbytes(BLOCK)
 
 
-def make(directory: MemoryDirectory | None = None, geometry: Geometry = TINY) -> tuple[MemoryDirectory, Store]:
+def make(
+    directory: MemoryDirectory | None = None, geometry: Geometry = TINY, memory: MapMemory | None = None
+) -> tuple[MemoryDirectory, Store]:
     directory = directory or MemoryDirectory()
-    return directory, Store.create(directory, UUID, geometry)
+    return directory, Store.create(directory, UUID, geometry, memory=memory)
+
+
+def some_memory(rng: random.Random) -> MapMemory:
+    """For maps: plenty, a little, or none that is not in use."""
+    return MapMemory(rng.choice((1 << 30, 20_000, 0)))
+
+
+def squeeze(store: Store) -> None:
+    """Let go of every map node that may be let go of."""
+    for _ in range(2):
+        store.table.evict(1 << 30, -1)
 
 
 def cut(directory: MemoryDirectory, style: str = "none") -> MemoryDirectory:
@@ -62,12 +76,26 @@ def zero(volume: Volume, offset: int, length: int) -> None:
     write(volume, [(offset, length, None)])
 
 
+def paged(owner: Volume | Store, call: Callable):
+    """``call()``, with the map nodes it needs brought into memory as the daemon does."""
+    for _ in range(100_000):
+        try:
+            return call()
+        except Absent as absent:
+            job = owner.page_job([absent.ident])
+            try:
+                job.run()
+            finally:
+                job.finish()
+    raise AssertionError("bringing nodes into memory comes to no end")
+
+
 def write(volume: Volume, batch: list) -> None:
     done = volume.write(batch)
     while done < len(batch):
-        offset, length, _ = batch[done]
+        offset, length, view = batch[done]
         fetched = {}
-        for block, job in volume.edge_jobs(offset, length).items():
+        for block, job in paged(volume, lambda: volume.edge_jobs(offset, length, view is None)).items():
             try:
                 job.run()
                 fetched[block] = job.fetched
@@ -78,6 +106,39 @@ def write(volume: Volume, batch: list) -> None:
 
 def everything(volume: Volume) -> bytes:
     return volume.read_bytes(0, volume.size_bytes)
+
+
+def read(volume: Volume, offset: int, length: int) -> bytes:
+    """Read as the daemon does: at once what is in memory, the rest with a job."""
+    view = memoryview(bytearray(length))
+    if volume.read([(offset, view)]):
+        job = paged(volume, lambda: volume.read_job(offset, view))
+        try:
+            job.run()
+        finally:
+            job.release()
+    return bytes(view)
+
+
+def allocated(volume: Volume, offset: int, length: int, extents_max: int = 1 << 16) -> list[tuple[int, bool]]:
+    """`Volume.allocation` of all of a range, however often it stops early."""
+    extents: list[tuple[int, bool]] = []
+    end = offset + length
+    while offset < end:
+        found = paged(volume, lambda: volume.allocation(offset, end - offset, extents_max))
+        assert 0 < len(found) <= extents_max and all(one[1] != two[1] for one, two in zip(found, found[1:]))
+        extents += found
+        offset += sum(count for count, _ in found)
+    assert offset == end and all(count > 0 for count, _ in extents)
+    return extents
+
+
+def compare_allocation(volume: Volume, held: bytes, offset: int, length: int, extents_max: int = 1 << 16) -> None:
+    """A block is data unless it is zero, to the byte."""
+    for count, data in allocated(volume, offset, length, extents_max):
+        for block in range(offset // BLOCK, -(-(offset + count) // BLOCK)):
+            assert any(held[block * BLOCK : (block + 1) * BLOCK]) == data, f"block {block} of volume {volume.ident}"
+        offset += count
 
 
 # The oracle.
@@ -173,8 +234,38 @@ class Witness:
 # Random histories.
 
 
+class Slices:
+    """A checkpoint under way, to be carried out bit by bit."""
+
+    def __init__(self, store: Store) -> None:
+        self.store, self.job = store, store.begin_checkpoint()
+        self._work = self.job.work()
+        self._step: Callable[[], None] | None = None  # what another thread was given, and has not done
+
+    def advance(self, at_once: bool = True) -> bool:
+        """One slice; whether that was the last. Without ``at_once`` the next call does what blocks. Raises what `Store.checkpoint`
+        raises, and then it is over."""
+        try:
+            if self._step is None:
+                self._step = next(self._work)
+                if self._step is None or not at_once:
+                    return False
+            step, self._step = self._step, None
+            step()
+        except StopIteration:
+            self.store.end_checkpoint(self.job)
+            return True
+        except (SimsrError, OSError) as error:
+            self.store.end_checkpoint(self.job, error)
+        return False
+
+
 class Driver:
-    """Does random things to a store, the same for the same ``rng``, and keeps its own idea of every volume's bytes."""
+    """Does random things to a store, the same for the same ``rng``, and keeps its own idea of every volume's bytes.
+
+    Flushes, checkpoints and reads of map nodes stay open over other things. A checkpoint goes on slice by slice; what a slice
+    gives to another thread may run at once or after other things were done.
+    """
 
     def __init__(self, rng: random.Random, blocks_max: int = 40, volumes_max: int = 5) -> None:
         self.rng = rng
@@ -196,7 +287,8 @@ class Driver:
         rng = self.rng
         actions: list[tuple[int, Callable[[], None]]] = [
             (50, self.write), (6, self.flush), (4, self.checkpoint), (5, self.create), (3, self.delete), (4, self.reset),
-            (2, self.resize), (1, self.meta), (4, self.begin_job), (6, self.end_job), (3, self.reap), (2, self.make_spare),
+            (2, self.resize), (1, self.meta), (5, self.begin_job), (4, self.end_job), (3, self.reap), (2, self.make_spare),
+            (10, self.go_on), (3, self.shrink), (3, self.read), (2, self.begin_paging),
         ]  # fmt: skip
         weights, choices = zip(*actions)
         action = self.create if not self.bytes else rng.choices(choices, weights)[0]
@@ -282,13 +374,39 @@ class Driver:
         ident = self.rng.choice([0, self.pick()])
         self.commit([SetMeta(ident, {"text": "x" * self.rng.randrange(300)})])
 
+    # What takes a while.
+
     def begin_job(self) -> None:
-        if any(kind == "checkpoint" for kind, _ in self.jobs) or self.rng.random() < 0.5:
+        if any(kind == "checkpoint" for kind, _ in self.jobs) or self.rng.random() < 0.4:
             job = self.store.begin_flush()
             if job is not None:
                 self.jobs.append(("flush", job))
         else:
-            self.jobs.append(("checkpoint", self.store.begin_checkpoint()))
+            self.jobs.append(("checkpoint", Slices(self.store)))
+
+    def begin_paging(self) -> None:
+        """Read some map nodes, wanted or not, already there or not; they may be gone when they come."""
+        table = self.store.table
+        alive = [ident for ident in range(1, table.rows) if table.file[ident]]
+        if alive:
+            self.jobs.append(("paging", self.store.page_job(self.rng.choices(alive, k=3))))
+
+    def go_on(self) -> None:
+        """A few slices of the checkpoint under way."""
+        for index, (kind, job) in enumerate(self.jobs):
+            if kind == "checkpoint":
+                for _ in range(self.rng.choice((1, 1, 2, 5))):
+                    if self.advance(job):
+                        del self.jobs[index]
+                        return
+                return
+
+    def advance(self, slices: Slices) -> bool:
+        try:
+            return slices.advance(at_once=self.rng.random() < 0.5)
+        except NoSpace:
+            self.jobs.remove(("checkpoint", slices))
+            raise
 
     def end_job(self) -> None:
         if self.jobs:
@@ -296,22 +414,36 @@ class Driver:
             if kind == "flush":
                 job.run()
                 self.store.end_flush(job)
-            else:
+            elif kind == "paging":
                 try:
-                    self.store.run_checkpoint(job)
-                except NoSpace as error:
-                    self.store.end_checkpoint(job, error)
-                self.store.end_checkpoint(job)
+                    job.run()
+                finally:
+                    job.finish()
+            else:
+                while not job.advance():
+                    pass
 
     def end_jobs(self) -> None:
         while self.jobs:
             self.end_job()
 
+    def shrink(self) -> None:
+        self.store.table.memory.shrink(self.rng.choice((1, 10, 1000)))
+
     def reap(self) -> None:
-        self.store.reap(self.rng.choice((1, 4, None)))
+        most = self.rng.choice((1, 4, None))
+        paged(self.store, lambda: self.store.reap(most))
+
+    def read(self) -> None:
+        ident = self.pick()
+        held = self.bytes[ident]
+        offset = self.rng.randrange(len(held))
+        length = self.rng.randrange(1, len(held) - offset + 1)
+        assert read(self.store.volumes[ident], offset, length) == held[offset : offset + length]
+        compare_allocation(self.store.volumes[ident], held, offset, length, self.rng.choice((1, 3, 1 << 16)))
 
     def make_spare(self) -> None:
-        if self.store.pool.wanted:
+        if self.store.pool.wanted(1 << 20):
             self.store.pool.make_one()
 
     def compare(self, store: Store | None = None) -> None:
@@ -319,4 +451,5 @@ class Driver:
         store = store or self.store
         assert set(store.volumes) == set(self.bytes)
         for ident, held in self.bytes.items():
+            compare_allocation(store.volumes[ident], held, 0, len(held))
             assert everything(store.volumes[ident]) == held, f"volume {ident} differs"

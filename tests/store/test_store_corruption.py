@@ -1,6 +1,7 @@
 """Corruption sweep: damage a store in every way one byte, one block or one file can be damaged, and open it.
 
-Either it is refused, with a message that names the file, or every read gives the right bytes or `BlockDamaged`. Right
+Either it is refused, with a message that names the file, or every read gives the right bytes, `BlockDamaged`, or, where a map
+node is damaged, `StoreDamaged`. A damaged node costs what is below it and nothing else, and no later life makes it worse. Right
 is: the state after the last record; only what had not been flushed when the process died may be missing, as after a power
 cut. Where a whole file was lost or put back from an old copy, an older state after some record is all that can be asked
 for (docs/durability.md says what cannot be told from a crash).
@@ -8,17 +9,21 @@ for (docs/durability.md says what cannot be told from a crash).
 
 from __future__ import annotations
 
+import errno
 import random
 import re
 from dataclasses import dataclass
 
 import pytest
-from store_kit import UUID, Driver, Witness, content, cut, disk, everything, make, put
+from store_kit import (
+    UUID, Driver, State, Witness, compare_allocation, content, cut, disk, everything, make, put, read, some_memory,
+)  # fmt: skip
 
 from simsr.errors import BlockDamaged, StoreDamaged, StoreFormat
 from simsr.store import layout
 from simsr.store.layout import BLOCK, HEADER_BYTES, Geometry, Super
 from simsr.store.memory import MemoryDirectory
+from simsr.store.node_table import MapMemory
 from simsr.store.segments import segment_name
 from simsr.store.store import Store
 
@@ -31,6 +36,7 @@ KINDS = {
     "cut, killed": ["cut", "kill"],
 }
 STEPS_A_LIFE = 25
+STRIDE = 19  # of the bytes that are damaged in turn, each beginning somewhere else
 
 
 @dataclass
@@ -56,7 +62,7 @@ class Image:
 def image_of(kind: str, seed: int) -> Image:
     rng = random.Random(f"{kind} {seed}")
     directory = MemoryDirectory()
-    store = Store.create(directory, UUID, SMALL)
+    store = Store.create(directory, UUID, SMALL, memory=some_memory(rng))
     witness, driver = Witness(), Driver(rng, blocks_max=8, volumes_max=4)
     ends = KINDS[kind]
     for life, end in enumerate(ends):
@@ -76,14 +82,14 @@ def image_of(kind: str, seed: int) -> Image:
 
 
 def judge(image: Image, directory: MemoryDirectory, least: int | None = None) -> str:
-    """Open ``directory`` and hold it against ``image``: "refused", "damaged blocks", "older" or "right".
+    """Open ``directory`` and hold it against ``image``: "refused", "damaged blocks", "damaged nodes", "older" or "right".
 
     ``least``: the first record after which the state it shows may be; left out, all that was durable must be there.
     """
     try:
-        store = Store.open(directory)
+        store = Store.open(directory, MapMemory(0))
     except StoreDamaged as error:
-        assert re.search(r"seg-\d{8}.*(offset \d+|missing|bytes)|map-\d{12}|super\.[01]", str(error)), error
+        assert re.search(r"seg-\d{8}.*(offset \d+|missing|bytes)|(map|table)-\d{12}|super\.[01]", str(error)), error
         assert not directory._locked
         return "refused"
     seq = store.log.seq
@@ -91,58 +97,107 @@ def judge(image: Image, directory: MemoryDirectory, least: int | None = None) ->
     assert least <= seq <= image.last, f"{seq} not in {least} to {image.last}"
     state = image.witness.states[seq]
     assert set(store.volumes) == set(state) - {0}
-    damaged = 0
+    damaged = compare(store, state)
+    if damaged == "damaged nodes":
+        lost = unreadable(store)
+        store.close()
+        again = Store.open(directory)
+        compare(again, state)
+        assert unreadable(again) == lost, "another life lost more, or found what is not there"
+    return damaged or ("right" if state == image.witness.states[image.last] else "older")
+
+
+def compare(store: Store, state: State) -> str | None:
+    """Every read gives what it must, or says that it cannot; what is damaged."""
+    damaged = None
     for ident, volume in store.volumes.items():
         wanted = state[ident]
         assert (volume.size_bytes, volume.meta) == (wanted.size_bytes, wanted.meta)
         data = wanted.all()
+        try:
+            assert read(volume, 0, len(data)) == data, f"volume {ident}"
+            compare_allocation(volume, data, 0, len(data))
+            continue
+        except (BlockDamaged, StoreDamaged):
+            pass
         for offset in range(0, volume.size_bytes, BLOCK):
             length = min(BLOCK, volume.size_bytes - offset)
             try:
-                assert volume.read_bytes(offset, length) == data[offset : offset + length], f"volume {ident} at {offset}"
+                assert read(volume, offset, length) == data[offset : offset + length], f"volume {ident} at {offset}"
+                compare_allocation(volume, data, offset, length)
             except BlockDamaged as error:
                 assert error.details["volume"] == ident and error.details["offset_bytes"] == offset
-                damaged += 1
-    store._check()
-    return "damaged blocks" if damaged else "right" if state == image.witness.states[image.last] else "older"
+                damaged = damaged or "damaged blocks"
+            except StoreDamaged as error:
+                assert_names_a_node(error)
+                damaged = "damaged nodes"
+    try:
+        store._check()
+    except StoreDamaged as error:  # it may also be one that was given up and not taken apart yet
+        assert_names_a_node(error)
+        damaged = "damaged nodes"
+    return damaged
+
+
+def assert_names_a_node(error: StoreDamaged) -> None:
+    assert re.search(r"map node at offset \d+ of map-\d{12} cannot be used", str(error)), error
+    assert error.nbd_errno == errno.EIO
+
+
+def unreadable(store: Store) -> list[tuple[int, int]]:
+    """(volume, offset) of the blocks whose map node is damaged."""
+    found = []
+    for ident, volume in store.volumes.items():
+        for offset in range(0, volume.size_bytes, BLOCK):
+            try:
+                read(volume, offset, min(BLOCK, volume.size_bytes - offset))
+            except BlockDamaged:
+                pass
+            except StoreDamaged:
+                found.append((ident, offset))
+    return found
 
 
 def meaningful_bytes(name: str, data: bytes) -> list[int]:
     """The offsets of a file at which there is something."""
     if name.startswith("super"):
         return [*range(100), 200, 511, 512, 4095]
-    if name.startswith("map"):
+    if name.startswith(("map", "table")):
         return list(range(len(data)))
     records = [at for at in range(SMALL.record_area_bytes) if any(data[at & -8 : (at & -8) + 8])]
     return records + list(range(SMALL.record_area_bytes + 13, len(data), BLOCK // 2 + 1))
 
 
-def sweep(image: Image, seed: int, stride: int, note) -> set[str]:
+def sweep(image: Image, seed: int, stride: int, note, but: str = "nothing") -> set[str]:
     rng = random.Random(f"flips {seed}")
     outcomes = {judge(image, image.copy())}
     for name, data in image.directory.images():
+        if name.startswith(but):
+            continue
         offsets = meaningful_bytes(name, data)
         for offset in offsets[rng.randrange(stride) :: stride]:
             mask = rng.choice((0xFF, 1 << rng.randrange(8)))
             directory = image.copy()
             directory.flip(name, offset, mask)
             with note(file=name, offset=offset, mask=mask, durable=image.durable, last=image.last):
-                outcomes.add(judge(image, directory))
+                outcome = judge(image, directory)
+                assert outcome != "damaged nodes" or name.startswith("map")
+                outcomes.add(outcome)
     return outcomes
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_seventh_byte(kind, seeds, note):
+def test_many_bytes(kind, seeds, note):
     outcomes = set()
     for seed in seeds(3):
-        outcomes |= sweep(image_of(kind, seed), seed, 7, note)
+        outcomes |= sweep(image_of(kind, seed), seed, STRIDE, note)
     assert {"right", "refused"} <= outcomes
-    assert "killed" in kind or "older" not in outcomes
+    assert "killed" in kind or {"damaged nodes"} <= outcomes and "older" not in outcomes
 
 
-def test_every_byte(seeds, note):
+def test_every_byte_of_maps_tables_and_super_blocks(seeds, note):
     for seed in seeds(1):
-        sweep(image_of("cut, killed", 100 + seed), seed, 1, note)
+        sweep(image_of("closed", 100 + seed), seed, 1, note, but="seg")
 
 
 def test_flip_in_flushed_record_is_refused():
@@ -297,7 +352,8 @@ def test_lost_sectors_and_pages(kind, seeds, note):
                 directory = image.copy()
                 replace_bytes(directory, name, offset, rng.choice((bytes(length), rng.randbytes(length))))
                 with note(file=name, offset=offset, length=length):
-                    judge(image, directory, image.checkpointed if name.startswith("seg") else None)
+                    outcome = judge(image, directory, image.checkpointed if name.startswith("seg") else None)
+                    assert outcome != "damaged nodes" or name.startswith("map")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -354,7 +410,7 @@ def test_files_that_do_not_belong_there():
     for name, size in [
         ("notes.txt", 10), ("seg-1", 100), ("seg-00000000", SMALL.segment_bytes), ("seg-00000000", 5),
         ("seg-99999999", 7), ("seg-99999999x", SMALL.segment_bytes), ("map-1", 0), ("map-000000000999", 0),
-        ("map-000000000999", 50), ("super.2", 4096), ("super.0.old", 0), ("seg-00000090", SMALL.segment_bytes),
+        ("map-000000000999", 50), ("table-1", 0), ("table-000000000999", 0), ("table-000000000999", 50), ("super.2", 4096), ("super.0.old", 0), ("seg-00000090", SMALL.segment_bytes),
         ("seg-00000090", 700),
     ]:  # fmt: skip
         directory = image.copy()
@@ -372,6 +428,8 @@ def test_not_a_store():
         ([], StoreFormat, "no store in this directory"),
         (["readme"], StoreFormat, "no store in this directory"),
         (["seg-00000001"], StoreDamaged, "neither super block"),
+        (["table-000000000001"], StoreDamaged, "neither super block"),
+        (["map-000000000001"], StoreDamaged, "neither super block"),
         (["super.0", "super.1"], StoreDamaged, "neither super block"),
     ]:
         directory = MemoryDirectory()

@@ -2,14 +2,15 @@
 
 What is judged (docs/durability.md): after the death of the process the store holds every record that was appended, no
 more; after a power cut the records up to some point, which is not before the last completed flush. Recovery is stopped
-at its steps as well, and a store that has recovered is used and stopped again.
+at its steps as well, and a store that has recovered is used and stopped again. Much of this happens with so little memory for
+maps that nodes come and go all the time, and with a checkpoint under way, slice by slice.
 """
 
 from __future__ import annotations
 
 import random
 
-from store_kit import TINY, UUID, Driver, Kill, Witness, content, cut, disk, everything, make, put
+from store_kit import TINY, UUID, Driver, Kill, Witness, content, cut, disk, everything, make, put, some_memory
 
 from simsr.errors import StoreDamaged, StoreFormat
 from simsr.store.layout import BLOCK, Geometry
@@ -17,7 +18,7 @@ from simsr.store.memory import SECTOR_BYTES, MemoryDirectory
 from simsr.store.segments import segment_name
 from simsr.store.store import Store
 
-HISTORIES = 200
+HISTORIES = 90
 STEPS_MAX = 45
 CHECKS_A_HISTORY = 18
 GEOMETRIES = (TINY, Geometry(8, 1, 1), Geometry(16, 2, 3))
@@ -41,13 +42,14 @@ class Crash:
 
     def run(self) -> None:
         self.directory.on_step = self.on_step
-        self.store = Store.create(self.directory, UUID, self.sampler.choice(GEOMETRIES))
+        self.memory = some_memory(self.sampler)
+        self.store = Store.create(self.directory, UUID, self.sampler.choice(GEOMETRIES), memory=self.memory)
         self.created = True
         self.witness.attach(self.store)
         driver = Driver(self.rng)
         for life in range(self.rng.randint(1, 4)):
             if life:
-                self.store = Store.open(self.directory)
+                self.store = Store.open(self.directory, self.memory)
                 self.witness.compare(self.store)
                 self.witness.attach(self.store)
             driver.begin(self.store)
@@ -81,6 +83,7 @@ class Crash:
             self.directory = self.directory.after_cut(self.rng, self.rng.choice(STYLES))
             self.bounds = (durable, durable, last)
         self.directory.on_step = self.on_step
+        self.memory.tables.clear()  # which a process would not survive either
         self.store = None
 
     def bounds_now(self) -> tuple[int, int, int]:
@@ -113,7 +116,7 @@ class Crash:
     def judge_survivor(self, survivor: MemoryDirectory, least: int, most: int) -> None:
         again = survivor.after_kill()
         try:
-            store = Store.open(survivor)
+            store = Store.open(survivor, some_memory(self.sampler))
         except (StoreDamaged, StoreFormat):
             if self.created:
                 raise
@@ -137,7 +140,7 @@ class Crash:
                 survivors.append((what, directory.after_cut(self.sampler, self.sampler.choice(STYLES))))
 
         directory.on_step = on_step
-        Store.open(directory)
+        Store.open(directory, some_memory(self.sampler))
         for index, (what, survivor) in enumerate(survivors):
             try:
                 store = Store.open(survivor)
@@ -176,8 +179,8 @@ def test_histories(seeds) -> None:
     assert checks
 
 
-def test_every_step_of_a_few_histories(seeds) -> None:
-    for seed in seeds(2):
+def test_every_step_of_a_history(seeds) -> None:
+    for seed in seeds(1):
         Crash(1000 + seed, every_step=True).run()
 
 

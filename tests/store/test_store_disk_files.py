@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from store_kit import TINY, UUID, Driver, Witness, content, disk, everything, put
+from store_kit import TINY, UUID, Driver, Witness, content, disk, everything, paged, put, some_memory
 
-from simsr.errors import BlockDamaged, NoSpace, StoreDamaged, StoreLocked
+from simsr.errors import BlockDamaged, NoSpace, StoreDamaged, StoreLocked, StoreStopped
+from simsr.store import paging
 from simsr.store.files import PIECE_BYTES, DiskDirectory
 from simsr.store.layout import BLOCK, Geometry
 from simsr.store.segments import segment_name
@@ -45,8 +46,9 @@ def test_random_history_with_reopening(path, seeds, note):
                     driver.end_jobs()
                     store.close()
                 else:
+                    driver.jobs.clear()
                     store.abandon()
-                store = Store.open(DiskDirectory(where))
+                store = Store.open(DiskDirectory(where), some_memory(rng))
                 assert store.log.seq >= last
                 driver.compare(store)
                 store._check()
@@ -65,7 +67,7 @@ def leaked(where: str) -> list[str]:
     return [name for name in names if name.startswith(where)]
 
 
-@pytest.mark.parametrize("damage", ["segment", "map", "short", "nothing there"])
+@pytest.mark.parametrize("damage", ["segment", "table", "short", "nothing there"])
 def test_a_refused_store_leaves_no_file_open(path, damage):
     store = Store.create(DiskDirectory(path), UUID, TINY)
     for tag in range(3):
@@ -79,12 +81,50 @@ def test_a_refused_store_leaves_no_file_open(path, damage):
             os.truncate(os.path.join(path, segment_name(slot)), 5000)
         case _:
             for name in os.listdir(path):
-                if name.startswith("map-" if damage == "map" else ""):
+                if name.startswith("table-" if damage == "table" else ""):
                     os.truncate(os.path.join(path, name), 0)
     for _ in range(2):
         with pytest.raises(StoreDamaged):
             Store.open(DiskDirectory(path))
         assert not leaked(path)
+
+
+def test_a_store_with_lost_map_files_is_open_and_says_so(path):
+    """What is in memory, and what needs no node, is there; the rest is `StoreDamaged`. Closing leaves no file open."""
+    store = Store.create(DiskDirectory(path), UUID, TINY)
+    for tag in range(3):
+        put(disk(store, 40), 0, content(tag + 1) * 40)
+    store.close()
+    for name in os.listdir(path):
+        if name.startswith("map-"):
+            os.truncate(os.path.join(path, name), 0)
+    for _ in range(2):
+        store = Store.open(DiskDirectory(path))
+        for ident in (1, 2, 3):
+            with pytest.raises(StoreDamaged, match=r"map node at offset \d+ of map-\d{12} cannot be used: the file is too short"):
+                store.volumes[ident].read_bytes(0, BLOCK)
+        put(disk(store, 8), 0, content(9))
+        assert everything(store.volumes[max(store.volumes)])[:BLOCK] == content(9)
+        store.close()
+        assert not leaked(path)
+
+
+def test_map_files_are_not_all_kept_open(path, monkeypatch):
+    """A large store has thousands of them, a process may open a thousand files."""
+    monkeypatch.setattr(paging, "_HANDLES_MAX", 3)
+    store = Store.create(DiskDirectory(path), UUID, TINY)
+    volume = disk(store, 100)
+    for index in range(20):
+        put(volume, index * 4 * BLOCK, content(index + 1))
+        store.checkpoint()
+    held = everything(volume)
+    store.close()
+    store = Store.open(DiskDirectory(path))
+    assert everything(store.volumes[1]) == held and store.table.paged_in > 20
+    kept = [name for name in leaked(path) if "/map-" in name]
+    assert len(kept) == 3 == len(store.maps._handles)
+    store.close()
+    assert not leaked(path)
 
 
 CHILD = """
@@ -145,6 +185,7 @@ def test_pages_that_are_not_in_memory_are_left_to_a_job(path):
     store = Store.open(DiskDirectory(path))
     volume = store.volumes[1]
     view = memoryview(bytearray(BLOCK))
+    paged(volume, lambda: volume.map.ready(0, 230))
     cold = [block for block in range(230) if volume.read([(block * BLOCK, view)])]
     if not cold:
         pytest.skip("this file system keeps pages in memory that it is told to drop")
@@ -153,6 +194,7 @@ def test_pages_that_are_not_in_memory_are_left_to_a_job(path):
     if volume.read([(block * BLOCK, view)]):
         assert volume.write(batch) == 0
     job = volume.read_job(block * BLOCK, view)
+    job.begin()
     job.run()
     job.release()
     assert view == content(block + 1)
@@ -252,6 +294,27 @@ def test_a_file_that_cannot_be_made_is_not_left_behind(path, monkeypatch, call):
             store.pool.make_one()
     assert store.directory.names() == names
     store.pool.make_one()
+    store.close()
+    assert not leaked(path)
+
+
+@pytest.mark.parametrize("call", ["pwritev", "fdatasync"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+def test_a_checkpoint_that_fails_leaves_no_file_open(path, monkeypatch, call, number):
+    store = Store.create(DiskDirectory(path), UUID, TINY)
+    put(disk(store, 4), 0, content(1))
+    store.flush()
+    names = store.directory.names()
+
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fail)
+        with pytest.raises((NoSpace, StoreStopped)):
+            store.checkpoint()
+    assert not [name for name in leaked(path) if "/map-" in name or "/table-" in name]
+    assert number == errno.EIO or store.directory.names() == names
     store.close()
     assert not leaked(path)
 

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from store_kit import TINY, UUID
 
 from simsr.store import layout
-from simsr.store.layout import EXTENTS, HOLE, Geometry, NodeRef, SegmentHeader, Super
+from simsr.store.layout import EXTENTS, HOLE, Geometry, SegmentHeader, Super, TableEnd
 
 u32, u64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
 uuids = st.binary(min_size=16, max_size=16)
 geometries = st.builds(
     Geometry, st.integers(3, 20).map(lambda bits: 1 << bits), st.integers(1, 7), st.integers(1, 12)
 ).filter(Geometry.valid)
-supers = st.builds(Super, uuids, u64, geometries, u64, u64, u32, u32, st.builds(NodeRef, u32, u64, u32, u32))
+supers = st.builds(Super, uuids, u64, geometries, u64, u64, u32, u32, st.builds(TableEnd, u32, u64, u32, u32))
 headers = st.builds(SegmentHeader, uuids, u64, u64, u64, u32)
 
 quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -57,16 +57,16 @@ def test_record_round_trip(kind, seq, durable, prev, salt, volume, data_block, p
 
 
 @quick
-@given(st.lists(u64, max_size=40), st.lists(u32, max_size=40))
-def test_extents_round_trip(extents, crcs):
-    payload = layout.pack_extents(extents, array("I", crcs))
+@given(st.lists(u64, max_size=40), st.lists(u32, max_size=40), u32)
+def test_extents_round_trip(extents, crcs, family):
+    payload = layout.pack_extents(extents, array("I", crcs), family)
     record, _ = layout.pack_record(EXTENTS, 1, 0, 0, 0, 1, 2, payload)
     found = layout.unpack_extents(layout.unpack_record(memoryview(record), 0, 0).payload)
-    assert (list(found[0]), list(found[1])) == (extents, crcs)
+    assert (list(found[0]), list(found[1])) == (extents, crcs) and layout.family_of_extents(payload) == family
 
 
 def test_no_changed_bit_passes():
-    block = Super(UUID, 7, TINY, 12, 3, 64, 5, NodeRef(7, 100, 20, 9))
+    block = Super(UUID, 7, TINY, 12, 3, 64, 5, TableEnd(7, 100, 20, 9))
     header = SegmentHeader(UUID, 1, 2, 3, 4)
     record, _ = layout.pack_record(EXTENTS, 5, 4, 3, 2, 1, 6, b"payload")
     for data, unpack, used in [
@@ -82,7 +82,7 @@ def test_no_changed_bit_passes():
 
 
 def test_truncated_or_blank_bytes_are_nothing():
-    block = Super(UUID, 7, TINY, 12, 3, 64, 5, NodeRef(7, 100, 20, 9)).pack()
+    block = Super(UUID, 7, TINY, 12, 3, 64, 5, TableEnd(7, 100, 20, 9)).pack()
     for size in (0, 1, 8, 99, 100, 512, 4095):
         assert Super.unpack(block[:size]) is None
     assert Super.unpack(bytes(4096)) is None
@@ -100,14 +100,15 @@ def resealed(data: bytes, at: int, value: bytes) -> bytes:
 
 
 def test_super_of_another_version_gives_its_version():
-    block = Super(UUID, 7, TINY, 12, 3, 64, 5, NodeRef(7, 100, 20, 9)).pack()
-    assert Super.unpack(resealed(block, 8, struct.pack("<I", 2))) == 2
-    assert isinstance(Super.unpack(resealed(block, 8, struct.pack("<I", 1))), Super)
+    block = Super(UUID, 7, TINY, 12, 3, 64, 5, TableEnd(7, 100, 20, 9)).pack()
+    for version in (0, 1, 3, 2**32 - 1):
+        assert Super.unpack(resealed(block, 8, struct.pack("<I", version))) == version
+    assert isinstance(Super.unpack(resealed(block, 8, struct.pack("<I", 2))), Super) and layout.FORMAT_VERSION == 2
 
 
 @pytest.mark.parametrize("at, value", [(12, 512), (40, 31), (40, 0), (40, 1 << 31), (44, 0), (44, 32), (48, 0), (48, 60)])
 def test_super_with_an_impossible_geometry_is_nothing(at, value):
-    block = Super(UUID, 7, TINY, 12, 3, 64, 5, NodeRef(7, 100, 20, 9)).pack()
+    block = Super(UUID, 7, TINY, 12, 3, 64, 5, TableEnd(7, 100, 20, 9)).pack()
     fields = {40: "segment blocks", 44: "record blocks", 48: "fan-out bits", 12: "block size"}
     assert Super.unpack(resealed(block, at, struct.pack("<I", value))) is None, fields[at]
 

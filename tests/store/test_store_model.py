@@ -1,7 +1,8 @@
 """The store against a dict of bytes: hypothesis looks for a sequence of operations after which they differ.
 
-Reads and jobs of flushes and checkpoints stay open over other operations; memory may turn cold at any time; the process is
-killed, and the power fails, and everything is done on a geometry so small that every rule crosses borders.
+Reads, also of map nodes, flushes and checkpoints stay open over other operations, checkpoints slice by slice; memory may turn
+cold, and map nodes go, at any time; the process is killed, and the power fails, and everything is done on a geometry so small
+that every rule crosses borders.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import random
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from store_kit import UUID, Content, Witness, everything, write
+from store_kit import UUID, Content, Slices, Witness, compare_allocation, everything, paged, squeeze, write
 
 from simsr.store.layout import BLOCK, Geometry
 from simsr.store.memory import MemoryDirectory
+from simsr.store.node_table import MapMemory
 from simsr.store.store import Create, Delete, Reset, Resize, SetMeta, Store
 
 VOLUMES_MAX = 5
@@ -40,14 +42,16 @@ class StoreMachine(RuleBasedStateMachine):
         self.model: dict[int, bytearray] = {}
         self.metas: dict[int, dict] = {0: {}}
         self.reads: list[tuple] = []
-        self.flush_job = self.checkpoint_job = None
+        self.flush_job = self.page_job = None
+        self.slices: Slices | None = None
         self.witness = Witness()
         self.steps = 0
 
-    @initialize(bits=st.sampled_from((1, 2, 3)), size=sizes)
-    def start(self, bits: int, size: int) -> None:
+    @initialize(bits=st.sampled_from((1, 2, 3)), size=sizes, limit_bytes=st.sampled_from((0, 20_000, 1 << 30)))
+    def start(self, bits: int, size: int, limit_bytes: int) -> None:
         self.directory = MemoryDirectory()
-        self.store = Store.create(self.directory, UUID, Geometry(16, 2, bits))
+        self.limit_bytes = limit_bytes
+        self.store = Store.create(self.directory, UUID, Geometry(16, 2, bits), memory=MapMemory(limit_bytes))
         self.witness.attach(self.store)
         self.create(0, size, False)
 
@@ -81,7 +85,8 @@ class StoreMachine(RuleBasedStateMachine):
         if not cold:
             assert view == self.model[ident][offset : offset + length]
         elif len(self.reads) < 8:
-            job = self.store.volumes[ident].read_job(offset, view)
+            volume = self.store.volumes[ident]
+            job = paged(volume, lambda: volume.read_job(offset, view))
             self.reads.append((job, view, bytes(self.model[ident][offset : offset + length])))
 
     @rule(number=pick, piece=pieces)
@@ -91,7 +96,8 @@ class StoreMachine(RuleBasedStateMachine):
             offset = piece[0] % len(self.model[ident])
             length = min(piece[1], len(self.model[ident]) - offset)
             view = memoryview(bytearray(length))
-            job = self.store.volumes[ident].read_job(offset, view)
+            volume = self.store.volumes[ident]
+            job = paged(volume, lambda: volume.read_job(offset, view))
             self.reads.append((job, view, bytes(self.model[ident][offset : offset + length])))
 
     @precondition(lambda self: self.reads)
@@ -103,6 +109,31 @@ class StoreMachine(RuleBasedStateMachine):
         finally:
             job.release()
         assert view == wanted, "a read job does not give the content as of when it was made"
+
+    @rule(number=pick, piece=pieces, extents_max=st.sampled_from((1, 2, 1000)))
+    def look_at_allocation(self, number: int, piece: tuple, extents_max: int) -> None:
+        ident = self.ident(number)
+        held = self.model[ident]
+        offset = piece[0] % len(held)
+        length = min(piece[1], len(held) - offset)
+        compare_allocation(self.store.volumes[ident], held, offset, length, extents_max)
+
+    @rule()
+    def let_go_of_nodes(self) -> None:
+        squeeze(self.store)
+
+    @precondition(lambda self: self.page_job is None)
+    @rule(numbers=st.lists(st.integers(1, 60), min_size=1, max_size=4))
+    def begin_paging(self, numbers: list[int]) -> None:
+        table = self.store.table
+        self.page_job = self.store.page_job([ident for ident in numbers if ident < table.rows and table.file[ident]])
+
+    @precondition(lambda self: self.page_job is not None)
+    @rule()
+    def end_paging(self) -> None:
+        self.page_job.run()
+        self.page_job.finish()
+        self.page_job = None
 
     @rule()
     def change_temperature(self) -> None:
@@ -166,33 +197,30 @@ class StoreMachine(RuleBasedStateMachine):
         assert self.store.log.durable_seq >= self.flush_job.seq
         self.flush_job = None
 
-    @precondition(lambda self: self.checkpoint_job is None)
+    @precondition(lambda self: self.slices is None)
     @rule(whole=st.booleans())
     def checkpoint(self, whole: bool) -> None:
         if whole:
             self.store.checkpoint()
         else:
-            self.checkpoint_job = [self.store.begin_checkpoint(), False]
+            self.slices = Slices(self.store)
 
-    @precondition(lambda self: self.checkpoint_job is not None)
-    @rule()
-    def go_on_with_checkpoint(self) -> None:
-        job, has_run = self.checkpoint_job
-        if has_run:
-            self.store.end_checkpoint(job)
-            self.checkpoint_job = None
-        else:
-            self.store.run_checkpoint(job)
-            self.checkpoint_job[1] = True
+    @precondition(lambda self: self.slices is not None)
+    @rule(slices=st.sampled_from((1, 1, 2, 100)), at_once=st.booleans())
+    def go_on_with_checkpoint(self, slices: int, at_once: bool) -> None:
+        for _ in range(slices):
+            if self.slices.advance(at_once):
+                self.slices = None
+                break
 
     @rule(nodes=st.sampled_from((1, 2, 10, None)))
     def reap(self, nodes: int | None) -> None:
-        left = self.store.reap(nodes)
+        left = paged(self.store, lambda: self.store.reap(nodes))
         assert left == 0 or nodes is not None
 
     @rule()
     def make_spare(self) -> None:
-        if self.store.pool.wanted:
+        if self.store.pool.wanted(1 << 20):
             self.store.pool.make_one()
 
     # Ends and beginnings.
@@ -200,14 +228,14 @@ class StoreMachine(RuleBasedStateMachine):
     def reopen(self, directory: MemoryDirectory) -> None:
         for job, *_ in self.reads:
             job.release()
-        self.reads, self.flush_job, self.checkpoint_job = [], None, None
+        self.reads, self.flush_job, self.slices, self.page_job = [], None, None, None
         self.directory = directory
-        self.store = Store.open(directory)
+        self.store = Store.open(directory, MapMemory(self.limit_bytes))
         self.witness.attach(self.store)
 
     @rule()
     def close(self) -> None:
-        if self.checkpoint_job is None:
+        if self.slices is None and self.page_job is None:
             self.store.close()
             self.reopen(self.directory)
             assert self.store.recovered["records_dropped"] == 0
@@ -237,6 +265,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.steps += 1
         if self.steps % 5 == 0:
             self.store._check()
+            squeeze(self.store)
 
     def compare(self) -> None:
         assert set(self.store.volumes) == set(self.model)
@@ -245,6 +274,7 @@ class StoreMachine(RuleBasedStateMachine):
             volume = self.store.volumes[ident]
             assert (volume.size_bytes, volume.meta) == (len(held), self.metas[ident])
             assert everything(volume) == held, f"volume {ident} differs"
+            compare_allocation(volume, held, 0, len(held))
             wanted = Content(len(held), {}, {n: held[n * BLOCK : (n + 1) * BLOCK] for n in range(-(-len(held) // BLOCK))})
             assert volume.mapped_bytes == BLOCK * sum(any(block) for block in wanted.blocks.values())
 
@@ -255,12 +285,12 @@ class StoreMachine(RuleBasedStateMachine):
                 job.release()
                 assert view == wanted
             self.compare()
-            self.store.reap()
+            paged(self.store, self.store.reap)
             self.store._check()
 
 
 StoreMachine.TestCase.settings = settings(
-    max_examples=50,
+    max_examples=80,
     stateful_step_count=60,
     deadline=None,
     derandomize=True,

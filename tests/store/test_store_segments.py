@@ -8,11 +8,11 @@ import pytest
 from store_kit import TINY, UUID, content, disk, everything, make, put
 
 from simsr.errors import NoSpace, StoreDamaged
-from simsr.store.extent_map import Usage
 from simsr.store.layout import BLOCK, SegmentHeader, salt_of
 from simsr.store.memory import MemoryDirectory
 from simsr.store.segments import SegmentPool, State, segment_name
 from simsr.store.store import Delete, Store
+from simsr.store.usage import Usage
 
 
 def pool_over(directory: MemoryDirectory) -> SegmentPool:
@@ -22,7 +22,8 @@ def pool_over(directory: MemoryDirectory) -> SegmentPool:
 def test_spares_are_made_and_numbered():
     pool = pool_over(MemoryDirectory())
     first, second = pool.next_slot(), pool.next_slot()
-    assert (first, second) == (1, 2) and pool.wanted == 1, "two are being made, three are wanted"
+    assert (first, second) == (1, 2) and pool.wanted(1000) == 3, "two are being made, five are wanted"
+    assert [pool.wanted(cap) for cap in (0, 2, 3, 4, 5, 6)] == [0, 0, 1, 2, 3, 3]
     pool.add(second, pool.make_file(second))
     pool.add(first, None)
     assert [segment.slot for segment in pool.spares] == [2]
@@ -57,10 +58,11 @@ def test_new_spares_wait_behind_recycled_ones():
 
 def test_wanted_grows_with_the_store():
     pool = pool_over(MemoryDirectory())
-    assert pool.wanted == 3
+    assert pool.wanted(1000) == 5
     for index in range(60):
         pool.activate(index, 1, 0, 0, keep=0)
-    assert len(pool.spares) + pool.wanted == 8
+    assert pool.count == 60 and len(pool.spares) + pool.wanted(1000) == 10
+    assert pool.wanted(61) == 1 and pool.wanted(60) == pool.wanted(10) == 0
 
 
 @pytest.mark.parametrize("where", ["create seg", "sync directory"])

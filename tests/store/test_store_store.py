@@ -11,7 +11,9 @@ from store_kit import TINY, UUID, Driver, Kill, Witness, content, cut, disk, eve
 
 from simsr.errors import BadRequest, NoSpace, SimsrError, StoreError, StoreFormat, StoreLocked
 from simsr.store.layout import BLOCK, Geometry, crc32c
+from simsr.store.log import KEEP_FOR_WRITES
 from simsr.store.memory import MemoryDirectory
+from simsr.store.node_table import MapMemory
 from simsr.store.store import Create, Delete, Reset, Resize, SetMeta, Store
 
 # Opening.
@@ -69,17 +71,18 @@ def test_identity_and_meta_come_back():
         store.abandon()
 
 
+@pytest.mark.parametrize("version", [1, 3])
 @pytest.mark.parametrize("which", [["super.1"], ["super.0"], ["super.0", "super.1"]])
-def test_another_format_version_is_refused(which):
+def test_another_format_version_is_refused(which, version):
     directory, store = make()
     disk(store, 4)
     store.close()
     for name in which:
         for side in (directory._files[name].now, directory._files[name].durable):
-            side[8:12] = struct.pack("<I", 2)
+            side[8:12] = struct.pack("<I", version)
             side[96:100] = struct.pack("<I", crc32c(bytes(side[:96])))
     before = dict(directory.images())
-    with pytest.raises(StoreFormat, match="its format is version 2, this simsr knows version 1"):
+    with pytest.raises(StoreFormat, match=f"its format is version {version}, this simsr knows version 2"):
         Store.open(directory)
     assert dict(directory.images()) == before and not directory._locked
 
@@ -98,7 +101,7 @@ def test_unreadable_files_are_a_store_error():
         Store.open(broken)
 
 
-@pytest.mark.parametrize("step", ["sync seg", "create map", "write super", "sync directory"])
+@pytest.mark.parametrize("step", ["sync seg", "create map", "write table", "sync table", "write super", "sync directory"])
 def test_an_io_error_while_recovering_can_be_repeated(step):
     directory, store = make()
     put(disk(store, 4), 0, content(1))
@@ -116,22 +119,33 @@ def test_an_io_error_while_recovering_can_be_repeated(step):
     assert everything(Store.open(directory).volumes[1])[:BLOCK] == content(1)
 
 
-def test_opening_without_room_for_a_checkpoint_can_be_repeated():
+@pytest.mark.parametrize("step", ["create map", "write map", "sync map", "create table", "write table", "sync table"])
+def test_opening_without_room_for_a_checkpoint(step):
+    """What is on a full disk must be readable. The checkpoint waits, and nothing that was there is lost, however often."""
     directory, store = make()
-    put(disk(store, 4), 0, content(1))
+    volume = disk(store, 4)
+    put(volume, 0, content(1))
     directory = directory.after_kill()
 
     def on_step(what: str) -> None:
-        if what.startswith("write map"):
+        if what.startswith(step):
             raise OSError(errno.ENOSPC, "injected")
 
     directory.on_step = on_step
-    for _ in range(3):
-        with pytest.raises(NoSpace, match="no room for a checkpoint"):
-            Store.open(directory)
-        assert not directory._locked
+    held = everything(volume)
+    for turn in range(3):
+        store = Store.open(directory)
+        volume = store.volumes[1]
+        assert everything(volume) == held
+        put(volume, (turn + 1) * BLOCK, content(turn + 10))
+        held = everything(volume)
+        store._check()
+        store.flush()
+        for survivor in (directory.after_kill(), cut(directory)):
+            assert everything(Store.open(survivor).volumes[1]) == held
+        store.abandon()
     directory.on_step = None
-    assert everything(Store.open(directory).volumes[1])[:BLOCK] == content(1)
+    assert everything(Store.open(directory).volumes[1]) == held
 
 
 def test_opening_many_times_needs_no_more_room():
@@ -278,10 +292,10 @@ def test_cost_of_commits_does_not_depend_on_what_is_mapped():
     put(volume, 0, b"".join(content(tag) for tag in range(1000)))
     appended, records = store.log.blocks_appended, store.log.records_appended
     snapshot = disk(store, 1000, 1)
-    assert snapshot.map.root is volume.map.root
+    assert snapshot.map.root == volume.map.root
     put(volume, 0, content(5000))
     store.commit([Reset(1, snapshot.ident)])
-    assert volume.map.root is snapshot.map.root
+    assert volume.map.root == snapshot.map.root
     store.commit([Delete(snapshot.ident)])
     assert store.log.blocks_appended == appended + 1 and store.log.records_appended == records + 4
     assert store.reap(1000) == 0
@@ -340,18 +354,19 @@ def test_full_disk_can_still_snapshot_revert_and_delete_and_gets_its_space_back(
 
 
 def test_the_last_segment_is_for_deleting_and_reverting():
-    """On a full disk only a record that deletes or reverts takes the segment in reserve; other commits and data never do."""
+    """On a full disk only records that delete or revert take the segments in reserve; other commits and data never do."""
     directory, store = make()
     held = fill_up(directory, store)
     reserve = list(store.pool.spares)
-    assert len(reserve) == 1
+    assert len(reserve) == KEEP_FOR_WRITES
     text = "x" * 5000
     store.commit([SetMeta(0, {"t": text})])
     with pytest.raises(NoSpace):
         store.commit([SetMeta(0, {"t": text + "y"})])
-    assert store.meta == {"t": text} and store.log.active is not reserve[0]
+    assert store.meta == {"t": text} and store.log.active not in reserve
     while store.log.active is not reserve[0]:
         store.commit([Reset(1, 1)])
+    assert not store.pool.spares
     with pytest.raises(NoSpace):
         store.commit([SetMeta(0, {"t": "z"})])
     store.commit([Delete(1)])
@@ -393,21 +408,22 @@ def test_full_disk_can_be_opened_after_a_crash(times):
     store._check()
 
 
-def test_checkpoint_on_a_full_disk_is_no_io_error():
-    """No room for a map file is a reason to try later, not to stop: nothing was lost."""
+@pytest.mark.parametrize("step", ["create map", "write map", "sync map", "write table", "sync table"])
+def test_checkpoint_on_a_full_disk_is_no_io_error(step):
+    """No room for a map or table file is a reason to try later, not to stop: nothing was lost."""
     directory, store = make()
     volume = disk(store, 10)
     put(volume, 0, content(1))
 
     def on_step(what: str) -> None:
-        if what.startswith("write map"):
+        if what.startswith(step):
             raise OSError(errno.ENOSPC, "injected")
 
     directory.on_step = on_step
-    try:
-        store.checkpoint()
-    except NoSpace:
-        pass
+    for _ in range(2):
+        with pytest.raises(NoSpace, match="no room for a checkpoint"):
+            store.checkpoint()
+        store._check()
     directory.on_step = None
     put(volume, 0, content(2))
     store.checkpoint()
@@ -499,3 +515,29 @@ def test_kill_is_not_mistaken_for_an_error():
     with pytest.raises(Kill):
         put(volume, 0, content(1))
     assert store.log.failure is None
+
+
+def test_files_with_numbers_beyond_ours_are_left_alone():
+    directory, store = make()
+    volume = disk(store, 4)
+    put(volume, 0, content(1))
+    store.close()
+    for name in ("map-999999999999", "table-999999999999"):
+        directory.create(name, 0)
+    again = Store.open(directory)
+    assert everything(again.volumes[volume.ident])[:BLOCK] == content(1)
+    again.close()
+    assert {"map-999999999999", "table-999999999999"} <= set(directory.names())
+
+
+def test_a_store_that_could_not_be_made_lets_go_of_everything():
+    directory, memory = MemoryDirectory(), MapMemory()
+
+    def on_step(what: str) -> None:
+        raise OSError(5, "injected")
+
+    directory.on_step = on_step
+    with pytest.raises((OSError, StoreError)):
+        Store.create(directory, UUID, TINY, memory=memory)
+    directory.lock()
+    assert not memory.tables

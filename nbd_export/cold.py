@@ -1,0 +1,82 @@
+"""Reads that have to wait for a disk. A batch of them is one task and one job, however many clients' requests are in it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from nbd_export import constants as c
+from nbd_export.disk import Disk
+from nbd_export.transmission import DATA_CHUNK, PIECE_BYTES, SIMPLE_REPLY, Request
+
+__all__ = ["ColdReader", "Waiting"]
+
+_TOGETHER_MAX = 8  # a block that a dying disk does not give back keeps so many others waiting
+
+
+class Waiting:
+    """Reads, or the ends of reads, that wait together: up to `PIECE_BYTES` of them, which bounds the memory they take."""
+
+    def __init__(self) -> None:
+        self.requests: list[tuple[Request, int, int]] = []  # (request, offset, length)
+        self._bytes = 0
+
+    def add(self, request: Request, offset: int, length: int) -> None:
+        self.requests.append((request, offset, length))
+        self._bytes += length
+
+    def is_full_with(self, length: int) -> bool:
+        return self._bytes + length > PIECE_BYTES or len(self.requests) == _TOGETHER_MAX
+
+
+class ColdReader:
+    """Reads and answers for one connection."""
+
+    def __init__(
+        self,
+        disk: Disk,
+        structured: bool,
+        send: Callable[[bytes | memoryview], Awaitable[None]],
+        failure: Callable[[Request, Exception], bytes],
+    ) -> None:
+        self._disk, self._structured, self._send, self._failure = disk, structured, send, failure
+        self._header_bytes = DATA_CHUNK.size if structured else SIMPLE_REPLY.size
+        self._whole = trio.Lock()  # reads too long to be cut into pieces: one at a time, for their memory
+
+    async def read(self, waiting: Waiting) -> None:
+        """Read what waits and send all answers at once."""
+        ends = [offset + length == request.offset + request.length for request, offset, length in waiting.requests]
+        await self._read(waiting.requests, ends)
+
+    async def read_long(self, request: Request, offset: int, length: int) -> None:
+        """Read piece by piece; whole, where the client cannot take pieces."""
+        if not self._structured or request.flags & c.NBD_CMD_FLAG_DF:
+            async with self._whole:
+                await self._read([(request, offset, length)], [True])
+            return
+        end, going_on = offset + length, True
+        while going_on and offset < end:
+            part = min(PIECE_BYTES, end - offset)
+            going_on = await self._read([(request, offset, part)], [offset + part == end])
+            offset += part
+
+    async def _read(self, wanted: list[tuple[Request, int, int]], ends: list[bool]) -> bool:
+        """Read and send; False when something failed, which was answered then."""
+        header_bytes = self._header_bytes
+        answers = [memoryview(bytearray(header_bytes + length)) for _, _, length in wanted]
+        batch = [(offset, answer[header_bytes:]) for (_, offset, _), answer in zip(wanted, answers)]
+        errors = await self._disk.read_cold(batch)
+        sent: list[bytes | memoryview] = []
+        for (request, offset, length), end, answer, error in zip(wanted, ends, answers, errors):
+            if error is not None:
+                sent.append(self._failure(request, error))
+                continue
+            if self._structured:
+                magic, data = c.NBD_STRUCTURED_REPLY_MAGIC, c.NBD_REPLY_TYPE_OFFSET_DATA
+                DATA_CHUNK.pack_into(answer, 0, magic, end, data, request.cookie, 8 + length, offset)
+            else:
+                SIMPLE_REPLY.pack_into(answer, 0, c.NBD_SIMPLE_REPLY_MAGIC, 0, request.cookie)
+            sent.append(answer)
+        await self._send(sent[0] if len(sent) == 1 else b"".join(sent))
+        return not any(errors)

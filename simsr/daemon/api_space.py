@@ -1,0 +1,168 @@
+"""The part of the control API that compares maps: what changed between two VDIs, and who holds how much of an SR.
+
+Both are walks (`simsr.store.walk`), carried out beside the running load: what blocks in a worker thread, the rest a fraction of a
+millisecond at a time. One walk at a time in the daemon, so that many that are asked for do not add up.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import closing
+from typing import Annotated, Any, TypeVar
+from urllib.parse import unquote
+
+import trio
+from fastapi import APIRouter, Query, Response
+from pydantic import AfterValidator, BaseModel, Field
+
+from simsr.daemon.host import Host, Mounted
+from simsr.errors import BadRequest, NotFound, SimsrError, StoreError
+from simsr.store.walk import Walk
+
+__all__ = ["space_router", "Walks"]
+
+RANGES_MAX = 100_000
+_RANGES_DEFAULT = 10_000
+_ENCODE_AT_ONCE = 256  # items of an answer, in one slice
+
+Reference = Annotated[str, AfterValidator(unquote)]
+_Walk = TypeVar("_Walk", bound=Walk)
+
+
+class RangeOut(BaseModel):
+    offset: int = Field(description="bytes")
+    length: int = Field(description="bytes")
+    data: bool = Field(description="whether the other VDI has data there; if not, it is a hole there or has ended")
+
+
+class DiffOut(BaseModel):
+    vdi: str
+    other: str
+    size_bytes: int = Field(description="of the VDI")
+    other_size_bytes: int
+    ranges: list[RangeOut] = Field(description="sorted; those that touch differ in kind")
+    next_offset: int | None = Field(description="where the rest begins, if there were too many; null: that was all")
+
+
+class VdiSpaceOut(BaseModel):
+    uuid: str
+    name: str
+    is_a_snapshot: bool
+    virtual_bytes: int
+    referenced_bytes: int = Field(description="what it refers to, shared or not")
+    exclusive_bytes: int = Field(description="what no other VDI refers to: deleting it frees that")
+
+
+class SpaceOut(BaseModel):
+    uuid: str
+    name: str
+    distinct_bytes: int = Field(description="everything that any VDI refers to, once")
+    shared_bytes: int = Field(description="the part of it that two or more VDIs refer to")
+    vdis: list[VdiSpaceOut]
+
+
+class Walks:
+    """Runs walks over the stores of a host."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._one = trio.Lock()
+        self._threads = trio.CapacityLimiter(1)
+
+    async def run(self, mounted: Mounted, begin: Callable[[], _Walk]) -> _Walk:
+        """Carry out what ``begin`` makes. Raises what that raises, `StoreError`, `NotFound` if the SR goes away meanwhile."""
+        scope, ended = trio.CancelScope(), trio.Event()
+        done: list[_Walk] = []
+        errors: list[Exception] = []
+
+        async def task() -> None:
+            try:
+                with scope:
+                    done.append(await self._run(mounted, begin))
+            except (SimsrError, OSError) as error:
+                errors.append(error)
+            finally:
+                ended.set()
+
+        # A task of the host, which closes its stores when all its tasks have ended: then nothing is held any more.
+        self._host._nursery.start_soon(task)
+        try:
+            await ended.wait()
+        finally:
+            scope.cancel()
+        if mounted.scope.cancel_called or not (done or errors):
+            raise NotFound(kind="SR", name=mounted.repository.name)
+        if errors and isinstance(errors[0], OSError):
+            raise StoreError(path=mounted.repository.store.directory.path, reason=f"a map cannot be read: {errors[0]}") from errors[0]
+        if errors:
+            raise errors[0]
+        return done[0]
+
+    async def _run(self, mounted: Mounted, begin: Callable[[], _Walk]) -> _Walk:
+        async with self._one:
+            walk = begin()
+            try:
+                with closing(walk.work()) as work:
+                    for step in work:
+                        if mounted.scope.cancel_called:  # the SR is being deleted
+                            break
+                        if step is None:
+                            await trio.lowlevel.checkpoint()
+                        else:
+                            await trio.to_thread.run_sync(step, limiter=self._threads)
+            finally:
+                mounted.engine.wake()  # what only the walk still held can be taken apart
+            return walk
+
+
+async def _encoded(answer: dict[str, Any], key: str, items: list[Any], line: Callable[[Any], dict]) -> Response:
+    """``answer`` with the list ``items`` under ``key``, as JSON, made in slices: it may be long."""
+    parts = [json.dumps(answer)[:-1].encode(), f', "{key}": ['.encode()]
+    for first in range(0, len(items), _ENCODE_AT_ONCE):
+        text = json.dumps([line(item) for item in items[first : first + _ENCODE_AT_ONCE]])
+        parts += [b", " if first else b"", text[1:-1].encode()]
+        await trio.lowlevel.checkpoint()
+    return Response(b"".join([*parts, b"]}"]), media_type="application/json")
+
+
+def _timed(response: Response, began: float) -> Response:
+    response.headers["Server-Timing"] = f"store;dur={(trio.current_time() - began) * 1000:.3f}"
+    return response
+
+
+def space_router(host: Host) -> APIRouter:
+    """The routes, for one host."""
+    router, walks = APIRouter(), Walks(host)
+
+    @router.get("/v1/vdis/{vdi}/diff/{other}", response_model=DiffOut)
+    async def diff_vdis(
+        vdi: Reference,
+        other: Reference,
+        start: Annotated[int, Query(ge=0, description="bytes; what is before is left out")] = 0,
+        limit: Annotated[int, Query(ge=1, le=RANGES_MAX, description="ranges, at most")] = _RANGES_DEFAULT,
+    ) -> Response:
+        """What has changed from a VDI to another one of the SR, as both are now."""
+        began = trio.current_time()
+        (mounted, old), (_, new) = host.find_vdi(vdi), host.find_vdi(other)
+        if old.sr != new.sr:
+            raise BadRequest(what=f"a diff of {old.uuid} and {new.uuid}", reason="they are in different SRs, which share nothing")
+        diff = await walks.run(mounted, lambda: mounted.repository.diff(old, new, start, limit))
+        answer = {
+            "vdi": old.uuid, "other": new.uuid, "size_bytes": diff.old_size_bytes, "other_size_bytes": diff.new_size_bytes,
+            "next_offset": diff.next_offset,
+        }  # fmt: skip
+        keys = ("offset", "length", "data")
+        return _timed(await _encoded(answer, "ranges", diff.ranges, lambda one: dict(zip(keys, one))), began)
+
+    @router.get("/v1/srs/{sr}/space", response_model=SpaceOut)
+    async def show_space(sr: Reference) -> Response:
+        """Who holds how much of an SR, exactly."""
+        began = trio.current_time()
+        mounted = host.find_sr(sr)
+        repository = mounted.repository
+        survey = await walks.run(mounted, repository.survey)
+        answer = repository.describe_survey(survey)
+        return _timed(await _encoded(answer, "vdis", survey.volumes, repository.describe_volume_space), began)
+
+    return router
