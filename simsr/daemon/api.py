@@ -27,6 +27,7 @@ from simsr.daemon.api_space import space_router
 from simsr.daemon.host import Host, Mounted
 from simsr.errors import BadRequest, NotFound, SimsrError, SrExists, VdiExists
 from simsr.sr.repository import check_sm_config, check_uuid
+from simsr.sr.space import LIMIT_MIN_BYTES
 from simsr.sr.vdi import Vdi
 
 __all__ = ["make_app"]
@@ -36,6 +37,11 @@ log = logging.getLogger("simsr.api")
 Text = Annotated[str, Field(max_length=4096)]  # a limit makes pydantic refuse lone surrogates, too
 Reference = Annotated[str, AfterValidator(unquote)]
 SizeBytes = Annotated[int, Field(gt=0, description="bytes; rounded up to a multiple of 512", examples=[1 << 30])]
+
+
+LimitBytes = Annotated[
+    int, Field(ge=LIMIT_MIN_BYTES, lt=1 << 60, description="what the SR may take on the host's disk; without it: what there is")
+]
 
 
 class Body(BaseModel):
@@ -49,11 +55,11 @@ class SrCreate(Body):
     uuid: Annotated[Text, Field(min_length=1)] | None = None
     description: Text = ""
     sm_config: dict[str, str] = {}
-    limit_bytes: int | None = Field(None, description="what the SR may take on the host's disk; null: what there is")
+    limit_bytes: LimitBytes | None = None
 
 
 class SrResize(Body):
-    limit_bytes: int
+    limit_bytes: LimitBytes
 
 
 class SrUpdate(Body):
