@@ -142,7 +142,6 @@ class DiskRules:
         entry.moves = op in MOVING_OPS
         entry.rules = rules
         entry.moments = engine.moments_of(op)
-        entry.needs_depth = any(_uses_depth(rule.rule.spec) for rule, _ in rules)
         latency = None
         if profile is not None:
             table = profile.latency if op in DATA_OPS else profile.control
@@ -152,9 +151,10 @@ class DiskRules:
                 entry.paths = engine.paths_of(self)
             entry.pool = engine.pool_of(self)
         if latency is not None:
-            entry.latency, entry.needs_depth = latency.sample, entry.needs_depth or latency.uses_depth
+            entry.latency = latency.sample
             entry.draws = Draws(self.seed, "profile", self.key, op, count=max(1, latency.draws))
         entry.queues = [limit.queue for limit in entry.limits if limit.queue.slots]
+        entry.needs_depth = engine.counts_depth and op in DATA_OPS
         if entry.needs_depth and self._depth_queue(entry) not in entry.queues:
             entry.queues.append(self._depth_queue(entry))
         entry.is_plain = not (rules or entry.moments or entry.paths or entry.pool or engine.is_off(self))
@@ -271,10 +271,3 @@ class DiskRules:
 
 
 _make_plan = tuple.__new__
-
-
-def _uses_depth(rule: Rule) -> bool:
-    action = rule.action
-    latencies = [action.delay.latency if action.delay else None, action.drain]
-    by_depth = action.replay is not None and "depth" in action.replay.bucket
-    return by_depth or any(latency is not None and latency.uses_depth for latency in latencies)

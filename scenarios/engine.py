@@ -63,6 +63,8 @@ class Engine:
         self._always = [LiveRule(rule, now) for rule in scenario.rule]
         self._phase_rules: list[LiveRule] = []
         self._past_hits: dict[str, tuple[int, int]] = {}
+        self._profiles_use_depth = any(_uses_depth(profile) for profile in scenario.profile.values())
+        self.counts_depth = False
         self.now = now
         self._timeline = Timeline(scenario.phase, now)
         self._begin(self._always, now)
@@ -230,6 +232,7 @@ class Engine:
         return {rule.name or "" for phase in self.scenario.phase for rule in phase.rule} | {rule.name for rule in self.live_rules}
 
     def _rebuild(self, disks: Iterable[DiskRules]) -> None:
+        self.counts_depth = self._profiles_use_depth or any(rule.uses_depth for rule in self.live_rules)
         for disk in disks:
             before = disk.applies
             disk.rebuild()
@@ -344,3 +347,7 @@ class Engine:
             "paths": {name: paths.statistics() for name, paths in self.paths.items()},
             "disks": [disk.statistics() for disk in self._disks.values()],
         }
+
+
+def _uses_depth(profile: Profile) -> bool:
+    return any(latency is not None and latency.uses_depth for _, latency in profile.latency)

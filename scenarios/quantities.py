@@ -55,8 +55,9 @@ def format_duration(duration_ns: float) -> str:
     """
     for unit in ("s", "ms", "us"):
         if abs(duration_ns) >= _UNITS_NS[unit]:
-            return f"{float(f'{duration_ns / _UNITS_NS[unit]:.3g}'):g}{unit}"
-    return f"{duration_ns:g}ns"
+            digits = f"{float(f'{duration_ns / _UNITS_NS[unit]:.3g}'):.3f}"
+            return digits.rstrip("0").rstrip(".") + unit
+    return f"{duration_ns:.0f}ns"
 
 
 def parse_share(text: str | float) -> float:

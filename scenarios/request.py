@@ -2,11 +2,11 @@
 
 A face (NBD, FUSE, the plug-in, the API) builds a `Request`, gets a `Plan` and carries it out, in this order:
 
-1. ``disconnect``: drop the client's connection. Nothing else is done.
-2. ``hang``: park the request until an `Order` releases it, or until ``hang.until_ns``.
-3. ``delay_ns``: answer no sooner than that after the request came (or was released).
-4. ``error``: answer with this errno; the store is not touched, unless ``effects`` say so.
-5. ``effects``: carry the request out through the disk's `Overlay`.
+1. ``hang``: park the request until an `Order` releases it, or until ``hang.until_ns``.
+2. ``delay_ns``: answer no sooner than that after the request came (or was released).
+3. ``error``: answer with this errno and do not touch the store; otherwise carry the request out, with ``effects`` through the
+   disk's `Overlay`.
+4. ``disconnect``: drop the client's connection, behind the error if there is one, else instead of doing and answering anything.
 
 Times are whole nanoseconds of one clock that the caller owns; the engine never looks at any other.
 """

@@ -72,6 +72,14 @@ class LiveRule:
         self.matched = self.hits = 0
 
     @property
+    def uses_depth(self) -> bool:
+        """Whether the queue depth matters to it."""
+        action = self.spec.action
+        latencies = [action.delay.latency if action.delay else None, action.drain]
+        by_depth = action.replay is not None and "depth" in action.replay.bucket
+        return by_depth or any(latency is not None and latency.uses_depth for latency in latencies)
+
+    @property
     def times(self) -> int | None:
         """A command is carried out once, unless the trigger says otherwise."""
         trigger = self.spec.trigger
