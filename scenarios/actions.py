@@ -47,7 +47,8 @@ DATA_FAULTS = ("torn", "lose", "flip", "misdirect", "stale")
 
 def given(action: Action) -> list[str]:
     """The actions that are given, of those that can stand alone."""
-    return [name for name in OPS_OF if getattr(action, name) not in (None, False)]
+    values = {name: getattr(action, name) for name in OPS_OF}
+    return [name for name, value in values.items() if value is not None and value is not False]
 
 
 def commands_of(action: Action) -> list[str]:

@@ -7,6 +7,7 @@ good; ``heal`` heals everything that is bad at that time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from scenarios.draws import BlockHash
@@ -17,6 +18,7 @@ __all__ = ["Media"]
 
 _ROT_BLOCK_BYTES = 4096
 _SCAN_BLOCKS = 1 << 16
+_EXPONENT_MAX = 700.0  # beyond it exp() overflows; by then everything is bad, whatever the rate was
 
 
 class Media:
@@ -58,7 +60,7 @@ class Media:
         if self._grows is None:
             return self._rate
         periods = (now - self._began_ns) / self._grows.period_ns
-        return min(1.0, self._rate * self._grows.factor ** min(periods, 1e4 / self._grows.factor))
+        return min(1.0, self._rate * math.exp(min(periods * math.log(self._grows.factor), _EXPONENT_MAX)))
 
     def blocks(self, offset: int, length: int, now: int) -> list[int]:
         """The bad blocks that a range of bytes touches."""

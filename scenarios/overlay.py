@@ -186,7 +186,7 @@ class Overlay:
     # Undoing
 
     def heal(self, now: int) -> None:
-        """Take away all damage. Rules that are still in force may do more."""
+        """Take away all damage of the disk. Its snapshots keep theirs; rules that are still in force may do more."""
         for layer in (self.data, self.device):
             layer.patches.clear()
         self._history.clear()
