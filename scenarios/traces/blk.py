@@ -37,7 +37,7 @@ _LINE = re.compile(
     r"(?:\s+(?P<sector>\d+)(?:\s+\+\s+(?P<count>\d+))?)?(?:\s+[\[(](?P<tail>.*)[\])])?(?:\s.*)?"
 )
 _EVENT = re.compile(r"\s*\d+,\d+\s")
-_SUMMARY = re.compile(r"(CPU\d+|Total|Throughput|Events|Input file|\s*(Reads|Writes|Read|Write|PC|IO|Allocation|Merge)\b)")
+_SUMMARY = re.compile(r"(CPU\d+|Total|Throughput|Events|Skips|Input file|\s*(Reads|Writes|Read|Write|PC|IO|Allocation|Merge)\b)")
 
 
 class _Event(NamedTuple):
@@ -133,6 +133,7 @@ def _write_blkparse(records: Iterable[Record], out: BinaryIO, info: Info) -> int
         major_minor = event.device if re.fullmatch(r"\d+,\d+", event.device) else "8,0"
         time = f"{event.time_ns // 10**9}.{event.time_ns % 10**9:09}"
         rwbs = {"read": "R", "write": "W", "trim": "D", "flush": "FN"}[event.op] + ("F" if event.fua else "")
+        rwbs = "F" + rwbs if event.flushes else rwbs
         where = "" if event.op == "flush" else f" {event.offset // SECTOR_BYTES} + {event.length // SECTOR_BYTES}"
         tail = f"[{event.error}]" if event.action == "C" else "[simsr]"
         out.write(f"{major_minor:>5} {0:>4} {sequence:>8} {time:>14} {1:>5} {event.action:>2} {rwbs:>3}{where} {tail}\n".encode())
@@ -147,19 +148,40 @@ class _Written:
 
     def events(self) -> Iterator[_Event]:
         later: list[tuple[int, int, _Event]] = []
-        for number, record in enumerate(self._records):
-            if record.op not in _CATEGORIES_OF or record.offset % SECTOR_BYTES or record.length % SECTOR_BYTES:
+        for number, (record, flushes) in enumerate(self._merged()):
+            if record.op not in _CATEGORIES_OF or record.offset % SECTOR_BYTES or record.length % SECTOR_BYTES or _is_huge(record):
                 self.skipped += 1
                 continue
             while later and later[0][0] <= record.issue_ns:
                 yield heappop(later)[2]
-            issue = _Event(record.issue_ns, "D", record.device, record.op, record.offset, record.length, False, record.fua)
+            issue = _Event(record.issue_ns, "D", record.device, record.op, record.offset, record.length, flushes, record.fua)
             yield issue
             if record.latency_ns is not None:
                 done = record.issue_ns + record.latency_ns
                 heappush(later, (done, number, issue._replace(time_ns=done, action="C", error=record.error)))
         while later:
             yield heappop(later)[2]
+
+    def _merged(self) -> Iterator[tuple[Record, bool]]:
+        """(record, whether it flushes first): a flush that never completes and a write at the same moment were one request."""
+        held: Record | None = None
+        for record in self._records:
+            joins = held is not None and record.op == "write"
+            joins = joins and (record.issue_ns, record.device) == (held.issue_ns, held.device)
+            if held is not None and not joins:
+                yield held, False
+            held = None
+            if record.op == "flush" and record.latency_ns is None:
+                held = record
+            else:
+                yield record, joins
+        if held is not None:
+            yield held, False
+
+
+def _is_huge(record: Record) -> bool:
+    """More than the fields of a record of blktrace hold."""
+    return record.length >= 1 << 32 or record.issue_ns + (record.latency_ns or 0) >= 1 << 63
 
 
 def _read_blktrace(streams: Sequence[BinaryIO], source: str) -> Iterator[Record]:
@@ -218,7 +240,8 @@ def _write_blktrace(records: Iterable[Record], out: BinaryIO, info: Info) -> int
     written = _Written(records)
     for sequence, event in enumerate(written.events(), 1):
         major, _, minor = event.device.partition(",") if re.fullmatch(r"\d{1,4},\d{1,6}", event.device) else ("8", "", "0")
-        action = _NUMBERS[event.action] | _CATEGORY[event.action] | _CATEGORIES_OF[event.op] | (_FUA if event.fua else 0)
+        action = _NUMBERS[event.action] | _CATEGORY[event.action] | _CATEGORIES_OF[event.op]
+        action |= (_FUA if event.fua else 0) | (_FLUSH if event.flushes else 0)
         device = (int(major) << 20 | int(minor)) & 0xFFFFFFFF
         fields = (_MAGIC, sequence, event.time_ns, event.offset // SECTOR_BYTES, event.length, action, 1, device, 0, event.error & 0xFFFF, 0)
         out.write(struct.pack("<" + _HEADER, *fields))

@@ -38,9 +38,10 @@ class Recorder:
         latency = _UNKNOWN if record.latency_ns is None else record.latency_ns
         depth = _UNKNOWN if record.depth is None else record.depth
         flags = _FUA if record.fua else 0
+        error = min(record.error, 0xFFFF)
         self._out.write(
             _RECORD.pack(
-                record.issue_ns, record.offset, min(record.length, 0xFFFFFFFF), _NUMBERS[record.op], flags, record.error, latency, depth
+                record.issue_ns, record.offset, min(record.length, 0xFFFFFFFF), _NUMBERS[record.op], flags, error, latency, depth
             )
         )
         self.count += 1

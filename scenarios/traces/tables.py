@@ -17,6 +17,7 @@ from scenarios.traces.records import SECTOR_BYTES, Format, Info, Lines, Record, 
 
 __all__ = ["MSR", "ALIBABA", "SPC"]
 
+_CENTURY = 100 * 365 * 86400 * 10**7
 _FILETIME_2007 = 128166372000000000  # where our MSR traces begin: the format has absolute times
 
 
@@ -32,6 +33,8 @@ def _msr(lines: Lines) -> Iterator[Record]:
         time, host, disk, op, offset, size, response = lines.fields_of(line, 7, "MSR")
         moment = lines.number_of(time, "timestamp")
         first = moment if first is None else first
+        if moment - first > _CENTURY:
+            raise lines.bad(f"timestamp {time[:40]!r} is more than a century after the first")
         yield Record(
             max(0, moment - first) * 100,
             lines.op_of(op, {"read": "read", "write": "write"}),
@@ -48,7 +51,7 @@ def _write_msr(records: Iterable[Record], out: BinaryIO, info: Info) -> int:
         if record.op not in ("read", "write") or record.latency_ns is None:
             skipped += 1
             continue
-        host, _, disk = (record.device or "simsr.0").rpartition(".")
+        host, _, disk = (_name(record.device) or "simsr.0").rpartition(".")
         time = _FILETIME_2007 + record.issue_ns // 100
         fields = (time, host or disk, disk if host else 0, record.op.title(), record.offset, record.length, record.latency_ns // 100)
         out.write((",".join(map(str, fields)) + "\n").encode())
@@ -82,7 +85,7 @@ def _write_alibaba(records: Iterable[Record], out: BinaryIO, info: Info) -> int:
         if record.op not in ("read", "write"):
             skipped += 1
             continue
-        fields = (record.device or 0, record.op[0].upper(), record.offset, record.length, record.issue_ns // 1000)
+        fields = (_name(record.device) or 0, record.op[0].upper(), record.offset, record.length, record.issue_ns // 1000)
         out.write((",".join(map(str, fields)) + "\n").encode())
     return skipped
 
@@ -113,9 +116,14 @@ def _write_spc(records: Iterable[Record], out: BinaryIO, info: Info) -> int:
             skipped += 1
             continue
         time = f"{record.issue_ns // 10**9}.{record.issue_ns % 10**9:09}"
-        fields = (record.device or 0, record.offset // SECTOR_BYTES, record.length, record.op[0], time)
+        fields = (_name(record.device) or 0, record.offset // SECTOR_BYTES, record.length, record.op[0], time)
         out.write((",".join(map(str, fields)) + "\n").encode())
     return skipped
+
+
+def _name(device: str) -> str:
+    """A device's name as a field of a table holds it."""
+    return re.sub(r"[,\s]+", "_", device)
 
 
 def _like(pattern: str):
