@@ -89,11 +89,15 @@ class Trigger(Table):
 
 
 class Torn(Table):
-    sector: f.BlockSize = Field(512, description="a sector is written whole or not at all")
+    """A write of which only some sectors are done."""
+
+    sector: f.BlockSize = Field(512, description="a sector is written whole or not at all; 512B if not given")
     keep: Literal["prefix", "suffix", "any"] = Field("prefix", description="which sectors are written")
 
 
 class Misdirect(Table):
+    """A request that goes to the wrong place."""
+
     by: f.Distance = Field(description="how far away, up or down: 64KiB or uniform(4KiB, 1MiB)")
 
 
@@ -161,10 +165,10 @@ class Action(Table):
 class Rule(Table):
     """Match + trigger + action."""
 
-    name: Name | None = None
-    match: Match = Match()
-    trigger: Trigger = Trigger()
-    action: Action
+    name: Name | None = Field(None, description="for counters and logs; made up if not given")
+    match: Match = Field(Match(), description="which requests")
+    trigger: Trigger = Field(Trigger(), description="which of them")
+    action: Action = Field(description="what happens")
     sticks_to: Literal["device", "data"] | None = Field(
         None, description="what a revert does to the damage: device: nothing, data: it goes back with the data"
     )
@@ -174,12 +178,12 @@ class Rule(Table):
 class Share(Table):
     """Limits that all disks of a group share."""
 
-    group: Name
-    bytes: f.Rate = Field(None, description="bytes a second")
-    burst: f.BurstText = None
-    iops: Count | None = None
-    iops_size: f.BlockSize = None
-    depth: Count | None = None
+    group: Name = Field(description="the name under which they are shared")
+    bytes: f.Rate = Field(None, description="bytes a second: 30MB/s")
+    burst: f.BurstText = Field(None, description="on top of that: 200MB, or 200MB for 5s")
+    iops: Count | None = Field(None, description="requests a second")
+    iops_size: f.BlockSize = Field(None, description="larger requests count as several of this size")
+    depth: Count | None = Field(None, description="requests in service at a time")
     fairness: Literal["none"] = Field("none", description="first come, first served")
 
 
@@ -214,35 +218,37 @@ class ControlTable(Table):
 class WhenFull(Table):
     """As dm-thin: writes that need room wait for it, then fail; or fail at once."""
 
-    mode: Literal["queue", "error"] = "queue"
+    mode: Literal["queue", "error"] = Field("queue", description="queue or error")
     timeout: f.Duration = Field(60_000_000_000, description="how long they wait")
     then: f.Error = Field("ENOSPC", description="and what they get then")
 
 
 class MetadataFull(Table):
-    mode: Literal["read-only"] = "read-only"
+    """As dm-thin: the pool can be read but not written."""
+
+    mode: Literal["read-only"] = Field("read-only", description="read-only: writes get EIO")
     needs_check: bool = Field(False, strict=True, description="growing the pool does not bring it back")
 
 
 class Profile(Table):
     """What the disks are like when nothing is wrong."""
 
-    about: str = ""
+    about: str = Field("", description="one sentence")
     base: Name | None = Field(None, description="a profile of the library to start from")
     vdi: f.Globs = Field((), description="which disks; default: every disk")
-    latency: LatencyTable = LatencyTable()
-    control: ControlTable = ControlTable()
+    latency: LatencyTable = Field(LatencyTable(), description="how long requests take: latency.read = ..., latency.all = ...")
+    control: ControlTable = Field(ControlTable(), description="how long operations take: control.snapshot = ..., control.all = ...")
     rate: f.Rate = Field(None, description="bytes a second of each disk")
     iops: Count | None = Field(None, description="requests a second of each disk")
-    iops_size: f.BlockSize = None
-    burst: f.BurstText = None
+    iops_size: f.BlockSize = Field(None, description="larger requests count as several of this size")
+    burst: f.BurstText = Field(None, description="on top of the rate: 200MB, or 200MB for 5s")
     depth: Count | None = Field(None, description="requests in service at a time, of each disk")
-    share: Share | None = None
+    share: Share | None = Field(None, description="limits shared by all disks of a group")
     paths: dict[Name, f.PathState] = Field({}, description="storage paths and their states")
     capacity: f.Bytes = Field(None, description="size of the thin pool that the disks live in")
     low_water: f.Bytes = Field(None, description="raise event:pool-low when less is free, once")
-    when_full: WhenFull = WhenFull()
-    metadata_full: MetadataFull = MetadataFull()
+    when_full: WhenFull = Field(WhenFull(), description="what happens to writes when the pool is full")
+    metadata_full: MetadataFull = Field(MetadataFull(), description="what happens when its metadata are")
     durability: Literal["flush", "each-write"] | None = Field(
         None, description="when a write survives a power cut; default: as the client takes it"
     )
@@ -251,36 +257,40 @@ class Profile(Table):
 class Phase(Table):
     """A stretch of the timeline."""
 
-    name: Name | None = None
+    name: Name | None = Field(None, description="for people and logs")
     for_: f.Duration = Field(None, alias="for", description="how long")
     until: f.tabled(After, "event") = Field(None, description="event:NAME, or {op, nth}: until the nth request")
     repeat: f.Repeat = Field(1, description="how often, or 'each step of revert'")
     profile: Name | None = Field(None, description="the profile of all disks during the phase")
-    rule: tuple[Rule, ...] = ()
+    rule: tuple[Rule, ...] = Field((), description="rules in force during the phase: [[phase.rule]]")
 
 
 class Expect(Table):
-    that: Name
+    """What must be true in the end."""
+
+    that: Name = Field(description="an expression: client.errors == 0")
 
 
 class Explore(Table):
-    states: Count = 200
-    check: Name
+    """For the exploration of crash states."""
+
+    states: Count = Field(200, description="how many states to look at")
+    check: Name = Field(description="a command; {device} is the disk")
 
 
 class Scenario(Table):
     """A scenario file."""
 
     simsr: Literal[1] = Field(description="version of the format")
-    name: Slug
-    about: str = ""
-    seed: Annotated[int, Field(ge=0, lt=1 << 63, strict=True)] = 0
+    name: Slug = Field(description="short: small letters, digits, - . _")
+    about: str = Field("", description="one sentence")
+    seed: int = Field(0, ge=0, lt=1 << 63, strict=True, description="the same seed gives the same faults")
     error_as: Literal["error", "hang", "disconnect"] = Field("error", description="how errors reach the client")
-    profile: dict[Name, Profile] = {}
-    phase: tuple[Phase, ...] = ()
-    rule: tuple[Rule, ...] = ()
-    expect: tuple[Expect, ...] = ()
-    explore: Explore | None = None
+    profile: dict[Name, Profile] = Field({}, description="what disks are like: [profile.NAME]")
+    phase: tuple[Phase, ...] = Field((), description="what happens when, in order: [[phase]]")
+    rule: tuple[Rule, ...] = Field((), description="rules in force all the time: [[rule]]")
+    expect: tuple[Expect, ...] = Field((), description="what must be true in the end: [[expect]]")
+    explore: Explore | None = Field(None, description="for exploring crash states: [explore]")
 
 
 TABLES: dict[type[Table], str] = {
