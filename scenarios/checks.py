@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-
 from scenarios.actions import DATA_FAULTS, OPS_OF, commands_of, fates_of, given, is_standing, ops_of
 from scenarios.clients import CLIENTS, NBD_ERRORS
 from scenarios.quantities import format_duration
@@ -28,6 +27,8 @@ _RANGED = ("read", "write", "trim", "zero", "extents")
 
 
 class Problem(NamedTuple):
+    """``level``: "error"; "unfinished" is one in a file, but not in a live rule that others may follow; "warning" is none."""
+
     place: tuple[Any, ...]
     reason: str
     hint: str = ""
@@ -62,10 +63,16 @@ def _rule(scenario: Scenario, place: tuple[Any, ...], rule: Rule) -> Iterator[Pr
         yield Problem(match_at, reason, hint)
     for reason, hint in _trigger(scenario, rule):
         yield Problem(trigger_at, reason, hint)
+    used = {START, *(state for _, _, other in all_rules(scenario) for state in other.trigger.state)}
+    if rule.trigger.goto and rule.trigger.goto not in used:
+        reason, hint = f"no rule is for state {rule.trigger.goto!r}", _hint(rule.trigger.goto, sorted(used))
+        yield Problem(trigger_at, reason, hint, "unfinished")
     for reason, hint in (*_action(rule, names), *_environment(scenario, place, rule)):
         yield Problem(action_at, reason, hint)
     if rule.sticks_to and not any(name in DATA_FAULTS for name in names) and rule.trigger.bad_blocks is None:
-        yield Problem((*place, "sticks_to"), "there is no damage that could stick", f"It is for bad_blocks, {', '.join(DATA_FAULTS)}.")
+        yield Problem(
+            (*place, "sticks_to"), "there is no damage that could stick", f"It is for bad_blocks, {', '.join(DATA_FAULTS)}."
+        )
 
 
 _Reasons = Iterator[tuple[str, str]]
@@ -83,9 +90,15 @@ def _match(scenario: Scenario, rule: Rule) -> _Reasons:
         useless = [op for op in match.op if op not in (_RANGED if key != "fua" else ("write", "zero", "trim"))]
         if getattr(match, key) is not None and match.op and len(useless) == len(match.op):
             yield f"the rule can never fire: {', '.join(useless)} has no {key}", f"Leave {key} out."
+    sent = {*CONTROL_OPS, *(op for client in match.client for op in CLIENTS[client].ops)}
+    if match.client and not sent & set(ops_of(rule)):
+        yield f"the rule can never fire: {' and '.join(match.client)} never send {', '.join(ops_of(rule))}", "Leave client out."
     paths = sorted({path for profile in scenario.profile.values() for path in profile.paths})
     if match.path is not None and match.path not in paths:
-        yield f"no profile has a path {match.path!r}", _hint(match.path, paths) if paths else "Give a profile paths = { A = \"optimized\" }."
+        yield (
+            f"no profile has a path {match.path!r}",
+            _hint(match.path, paths) if paths else 'Give a profile paths = { A = "optimized" }.',
+        )
 
 
 def _trigger(scenario: Scenario, rule: Rule) -> _Reasons:
@@ -106,10 +119,12 @@ def _trigger(scenario: Scenario, rule: Rule) -> _Reasons:
         yield "per is for bits", "Leave it out."
     if trigger.block != 4096 and trigger.bad_blocks is None:
         yield "block is for bad_blocks", "Leave it out."
-    if (trigger.bad_blocks is not None or trigger.bits is not None) and any(op not in ("read", "write") for op in rule.match.op):
-        yield "blocks are bad for read and write only", "Match op = \"read\"."
+    if (trigger.bad_blocks is not None or trigger.bits is not None) and any(
+        op not in ("read", "write") for op in rule.match.op
+    ):
+        yield "blocks are bad for read and write only", 'Match op = "read".'
     if trigger.after is not None and (trigger.after.event is None) == (not trigger.after.op):
-        yield "after needs either op or event", "Write after = { op = \"write\", nth = 17 }."
+        yield "after needs either op or event", 'Write after = { op = "write", nth = 17 }.'
     for event in filter(None, (trigger.when, trigger.after.event if trigger.after else None)):
         yield from _event(scenario, event)
     yield from _states(scenario, trigger)
@@ -120,9 +135,6 @@ def _states(scenario: Scenario, trigger: Any) -> _Reasons:
     for state in trigger.state:
         if state not in reachable:
             yield f"the rule can never fire: no rule goes to state {state!r}", _hint(state, sorted(reachable))
-    used = {START, *(state for _, _, rule in all_rules(scenario) for state in rule.trigger.state)}
-    if trigger.goto and trigger.goto not in used:
-        yield f"no rule is for state {trigger.goto!r}", _hint(trigger.goto, sorted(used))
 
 
 def _event(scenario: Scenario, event: str) -> _Reasons:
@@ -153,7 +165,9 @@ def _action(rule: Rule, names: list[str]) -> _Reasons:
         yield "a request that is cut off cannot hang", "Make two rules."
     if action.error_as and not (action.error or action.readonly or action.full):
         yield "error_as is for error, readonly and full", "Leave it out."
-    stops = [name for name in ("error", "readonly", "disconnect") if name in names] + (["full"] if action.full == "writes" else [])
+    stops = [name for name in ("error", "readonly", "disconnect") if name in names] + (
+        ["full"] if action.full == "writes" else []
+    )
     damage = [name for name in DATA_FAULTS if name in names]
     if stops and damage:
         yield f"{damage[0]} cannot happen to a request that ends with {stops[0]}", "Make two rules."
@@ -165,18 +179,18 @@ def _action(rule: Rule, names: list[str]) -> _Reasons:
 def _path_action(rule: Rule, action: Action) -> _Reasons:
     if action.path is None:
         if action.state or action.up or action.down:
-            yield "state, up and down are for path", "Give path = \"B\", or path = \"flap\"."
+            yield "state, up and down are for path", 'Give path = "B", or path = "flap".'
         if action.inflight != "finish":
             yield "inflight is for path", "Leave it out."
     elif action.path in ("down", "up", "flap"):
         if rule.match.path is None:
-            yield f"which path goes {action.path}?", "Name it: match = { path = \"A\" }."
+            yield f"which path goes {action.path}?", 'Name it: match = { path = "A" }.'
         if action.state:
             yield f"path = {action.path!r} is a state already", "Leave state out, or name a path."
     elif not action.state:
-        yield f"what becomes of path {action.path!r}?", "Give state = \"optimized\", or take path = \"down\", \"up\" or \"flap\"."
+        yield f"what becomes of path {action.path!r}?", 'Give state = "optimized", or take path = "down", "up" or "flap".'
     if (action.path == "flap") != bool(action.up and action.down) and (action.path is not None):
-        yield "up and down are for flap, and both are needed there", "Write path = \"flap\", up = \"2s\", down = \"3s\"."
+        yield "up and down are for flap, and both are needed there", 'Write path = "flap", up = "2s", down = "3s".'
 
 
 def _environment(scenario: Scenario, place: tuple[Any, ...], rule: Rule) -> _Reasons:
@@ -184,7 +198,7 @@ def _environment(scenario: Scenario, place: tuple[Any, ...], rule: Rule) -> _Rea
     action = rule.action
     paths = sorted({path for profile in scenario.profile.values() for path in profile.paths})
     if action.hang == "until-phase-end" and place[0] == "rule":
-        yield "a rule outside the phases has no phase to end", "Take hang = \"until-released\", or move it into a phase."
+        yield "a rule outside the phases has no phase to end", 'Take hang = "until-released", or move it into a phase.'
     if action.path is not None and action.path not in ("down", "up", "flap", *paths):
         yield f"no profile has a path {action.path!r}", _hint(action.path, ["down", "up", "flap", *paths])
     pools = any(profile.capacity for profile in scenario.profile.values())
@@ -198,7 +212,9 @@ def _names(scenario: Scenario) -> Iterator[Problem]:
     counts = Counter(rule.name for _, _, rule in all_rules(scenario))
     for place, _, rule in all_rules(scenario):
         if rule.name and counts[rule.name] > 1:
-            yield Problem((*place, "name"), f"{counts[rule.name]} rules are called {rule.name!r}", "Counters need names that differ.")
+            yield Problem(
+                (*place, "name"), f"{counts[rule.name]} rules are called {rule.name!r}", "Counters need names that differ."
+            )
 
 
 def _profiles(scenario: Scenario) -> Iterator[Problem]:
@@ -208,7 +224,11 @@ def _profiles(scenario: Scenario) -> Iterator[Problem]:
         place = ("profile", name)
         selected = any(phase.profile == name for phase in scenario.phase)
         if everything and not selected:
-            yield Problem(place, f"never used: profile {everything!r} is for every disk already", "Give both a vdi, or name it in a phase.")
+            yield Problem(
+                place,
+                f"never used: profile {everything!r} is for every disk already",
+                "Give both a vdi, or name it in a phase.",
+            )
         if not profile.vdi and not selected:
             everything = everything or name
         if profile.burst and not profile.rate or profile.iops_size and not profile.iops:
@@ -218,14 +238,16 @@ def _profiles(scenario: Scenario) -> Iterator[Problem]:
         if profile.capacity and (profile.low_water or 0) >= profile.capacity:
             yield Problem((*place, "low_water"), "it is above the capacity", "Take less.")
         if profile.paths and not any(state in ("optimized", "non-optimized") for state in profile.paths.values()):
-            yield Problem((*place, "paths"), "no path can be used", "Make one of them \"optimized\".")
+            yield Problem((*place, "paths"), "no path can be used", 'Make one of them "optimized".')
         if share := profile.share:
             if not (share.bytes or share.iops or share.depth):
                 yield Problem((*place, "share"), "there is nothing to share", "Give bytes, iops or depth.")
             if share.burst and not share.bytes or share.iops_size and not share.iops:
                 yield Problem((*place, "share"), "burst is for bytes, and iops_size for iops", "Give these as well.")
             if shares.setdefault(share.group, share) != share:
-                yield Problem((*place, "share"), f"group {share.group!r} has other limits elsewhere", "Give it the same everywhere.")
+                yield Problem(
+                    (*place, "share"), f"group {share.group!r} has other limits elsewhere", "Give it the same everywhere."
+                )
 
 
 def _phases(scenario: Scenario) -> Iterator[Problem]:
@@ -239,10 +261,16 @@ def _phases(scenario: Scenario) -> Iterator[Problem]:
         if phase.for_ == 0:
             yield Problem((*place, "for"), "the rules in it can never fire: it lasts no time", "Take more than 0.")
         if phase.profile is not None and phase.profile not in scenario.profile:
-            yield Problem((*place, "profile"), f"there is no profile {phase.profile!r}", _hint(phase.profile, list(scenario.profile)))
+            yield Problem(
+                (*place, "profile"), f"there is no profile {phase.profile!r}", _hint(phase.profile, list(scenario.profile))
+            )
         if phase.until is not None:
             if (phase.until.event is None) == (not phase.until.op):
-                yield Problem((*place, "until"), "it needs either op or event", "Write until = \"event:NAME\" or { op = \"flush\", nth = 40 }.")
+                yield Problem(
+                    (*place, "until"),
+                    "it needs either op or event",
+                    'Write until = "event:NAME" or { op = "flush", nth = 40 }.',
+                )
             for reason, hint in _event(scenario, phase.until.event) if phase.until.event else ():
                 yield Problem((*place, "until"), reason, hint)
 
@@ -274,12 +302,14 @@ def client_problems(scenario: Scenario, client: str) -> list[Problem]:
                 hint = f"NBD carries {', '.join(sorted(NBD_ERRORS))}; FUSE carries any."
                 found.append(Problem(action_at, f"{client} over NBD cannot be told {error}", hint))
             elif nature.dies_of_errors:
-                hint = "Use the FUSE file, or error_as = \"hang\" or \"disconnect\"."
+                hint = 'Use the FUSE file, or error_as = "hang" or "disconnect".'
                 found.append(Problem(action_at, f"the first error costs {client} the disk for good", hint, "warning"))
         ops = [op for op in ops_of(rule) if op in nature.ops or op in CONTROL_OPS]
         if not ops and not (commands_of(rule.action) and is_standing(rule)):
             hint = f"It sends {', '.join(sorted(nature.ops))}."
-            found.append(Problem((*place, "match"), f"the rule can never fire: {client} never sends {', '.join(ops_of(rule))}", hint))
+            found.append(
+                Problem((*place, "match"), f"the rule can never fire: {client} never sends {', '.join(ops_of(rule))}", hint)
+            )
         length = rule.action.hang if isinstance(rule.action.hang, int) else phase and phase.for_
         if rule.action.hang is not None and nature.patience_ns and length and length >= nature.patience_ns:
             hint = f"It gives up after {format_duration(nature.patience_ns)}."

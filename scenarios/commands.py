@@ -11,13 +11,28 @@ if TYPE_CHECKING:
     from scenarios.disk import DiskRules
     from scenarios.engine import Engine
 
-__all__ = ["carry_out"]
+__all__ = ["carry_out", "take_back"]
 
 
 def carry_out(engine: Engine, rule: LiveRule, now: int, disk: DiskRules | None, number: int) -> None:
     """Carry out the commands of a rule: at request ``number`` of ``disk``, or (0) at the beginning of its phase."""
     for name in rule.commands:
         _COMMANDS[name](engine, rule, now, disk, number)
+
+
+def take_back(engine: Engine, rule: LiveRule, now: int) -> None:
+    """Undo what the commands of a rule have done to paths, pools and power, and let go what hung on it."""
+    if "path" in rule.commands:
+        for profile, paths in engine.paths.items():
+            paths.reset()
+            engine.order("release", now, rule=f"path:{profile}", error=0)
+    if {"full", "grow"} & set(rule.commands):
+        for name, pool in engine.pools.items():
+            pool.reset()
+            engine.order("release", now, rule=f"pool:{name}", error=0)
+    if "power_cut" in rule.commands and engine.is_anything_off:
+        engine.power_on()
+        engine.order("power_on", now)
 
 
 def _path(engine: Engine, rule: LiveRule, now: int, disk: DiskRules | None, number: int) -> None:

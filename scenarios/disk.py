@@ -32,7 +32,19 @@ __all__ = ["DiskRules"]
 class _Entry:
     """What applies to one operation."""
 
-    __slots__ = ("latency", "draws", "limits", "queues", "rules", "moments", "needs_depth", "is_plain", "moves", "paths", "pool")
+    __slots__ = (
+        "latency",
+        "draws",
+        "limits",
+        "queues",
+        "rules",
+        "moments",
+        "needs_depth",
+        "is_plain",
+        "moves",
+        "paths",
+        "pool",
+    )
 
     def __init__(self) -> None:
         self.latency: Callable[..., float] | None = None
@@ -52,7 +64,9 @@ class DiskRules:
     Latencies look at ``depth``, ``head_bytes``, ``size_bytes`` and ``vdis``.
     """
 
-    def __init__(self, engine: Engine, name: str, size_bytes: int, names: tuple[str, ...], key: str, groups: tuple[str, ...]) -> None:
+    def __init__(
+        self, engine: Engine, name: str, size_bytes: int, names: tuple[str, ...], key: str, groups: tuple[str, ...]
+    ) -> None:
         self._engine = engine
         self.name, self.names, self.key, self.groups = name, (name, *names), key, groups
         self.size_bytes = size_bytes
@@ -111,7 +125,7 @@ class DiskRules:
         self._counters = {rule: self._counters.get(rule) or Counters() for rule in rules}
         self._media = {rule: media for rule in rules if (media := self._make_media(rule)) is not None}
         self.overlay.media = list(self._media.values())
-        self.overlay.keeps_history = any(rule.spec.action.stale for rule in rules)
+        self.overlay.keep_history(any(rule.spec.action.stale for rule in rules))
         bound = {op: [self._bind(rule, op) for rule in rules if op in rule.ops] for op in OPS}
         self._table = {op: entry for op in OPS if (entry := self._entry(op, bound[op])) is not None}
 
@@ -132,7 +146,16 @@ class DiskRules:
             return Media(rule.name, self.seed, layer, trigger.bits, area, rule.began_ns, flips=action.flip or 1)
         layer = self.overlay.layer(spec.sticks_to or "device")
         return Media(
-            rule.name, self.seed, layer, trigger.bad_blocks, area, rule.began_ns, trigger.block, trigger.grows, 0, action.heal_on_write
+            rule.name,
+            self.seed,
+            layer,
+            trigger.bad_blocks,
+            area,
+            rule.began_ns,
+            trigger.block,
+            trigger.grows,
+            0,
+            action.heal_on_write,
         )
 
     def _entry(self, op: str, rules: list[tuple[BoundRule, list[Step]]]) -> _Entry | None:

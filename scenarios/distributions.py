@@ -18,10 +18,27 @@ from typing import Any, NamedTuple
 
 from scenarios.request import Request
 
-__all__ = ["Latency", "Part", "constant", "uniform", "normal", "exponential", "lognormal", "pareto", "quantiles", "mix", "seek"]
+__all__ = [
+    "DAY_NS",
+    "Latency",
+    "Part",
+    "constant",
+    "uniform",
+    "normal",
+    "exponential",
+    "lognormal",
+    "pareto",
+    "quantiles",
+    "mix",
+    "seek",
+]
 
 Part = Callable[[Sequence[float], Request, Any], float]
 
+DAY_NS = 86_400e9
+"""Where tails end that nobody cut off: a time, however unlikely, must be one that can be waited for."""
+
+_EXPONENT_MAX = 700.0  # of exp(), which overflows beyond it
 _deviate = NormalDist().inv_cdf
 
 
@@ -69,7 +86,7 @@ def lognormal(index: int, median: float, tail: tuple[float, float], low: float, 
     sigma = (math.log(value) - mu) / _deviate(share)
 
     def sample(draws: Sequence[float], request: Request, disk: Any) -> float:
-        found = exp(mu + sigma * _deviate(draws[index]))
+        found = exp(min(mu + sigma * _deviate(draws[index]), _EXPONENT_MAX))
         return low if found < low else high if found > high else found
 
     return sample
@@ -79,8 +96,8 @@ def pareto(index: int, low: float, alpha: float, high: float) -> Part:
     """Heavy tail from ``low`` on: P(t > x) = (low / x) ** alpha, cut off at ``high``."""
     if low <= 0 or alpha <= 0 or high <= low:
         raise ValueError("pareto(min=, alpha=): min and alpha must be above 0, and max above min")
-    power = -1.0 / alpha
-    return lambda draws, request, disk: min(high, low * (1.0 - draws[index]) ** power)
+    log_low = math.log(low)
+    return lambda draws, request, disk: min(high, math.exp(min(log_low - math.log1p(-draws[index]) / alpha, _EXPONENT_MAX)))
 
 
 def quantiles(index: int, points: Sequence[tuple[float, float]]) -> Part:

@@ -20,7 +20,7 @@ __all__ = ["Draws", "BlockHash", "DRAWS_MAX"]
 DRAWS_MAX = 8
 """Numbers to be had for one request."""
 
-_SCALE = 2.0**-53
+_SCALE = 2.0**-52
 _MASK = (1 << 64) - 1
 _FEW_BLOCKS = 12  # up to here integers of Python are faster than numpy
 
@@ -41,9 +41,7 @@ class Draws:
     def __call__(self, number: int) -> tuple[float, ...]:
         state = self._copy()
         state.update(number.to_bytes(8, "little"))
-        return tuple([((word >> 11) + 0.5) * _SCALE for word in self._words(state.digest())])
-
-
+        return tuple([((word >> 12) + 0.5) * _SCALE for word in self._words(state.digest())])
 
 
 class BlockHash:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
-from scenarios.commands import carry_out
+from scenarios.commands import carry_out, take_back
 from scenarios.decisions import Decision, DecisionLog, read_decisions
 from scenarios.disk import DiskRules
 from scenarios.limits import Limit
@@ -22,7 +22,7 @@ from scenarios.pool import Pool
 from scenarios.request import Order
 from scenarios.rules import BoundRule, Hit, LiveRule, Moment, matches_name
 from scenarios.schema import Profile, Rule, Scenario
-from scenarios.timeline import NEVER, Timeline
+from scenarios.timeline import Timeline
 from simsr.errors import BadRequest, NotFound
 
 __all__ = ["Engine"]
@@ -196,7 +196,7 @@ class Engine:
         return self.decided
 
     def remove_rule(self, name: str, now: int) -> int:
-        """Take a rule out of force, and release what it has hanging."""
+        """Take a rule out of force, release what it has hanging, and undo what its commands did to paths, pools and power."""
         self.advance(now)
         live = next((rule for rule in self.live_rules if rule.name == name), None)
         if live is None:
@@ -204,32 +204,38 @@ class Engine:
         self._always = [rule for rule in self._always if rule is not live]
         self._phase_rules = [rule for rule in self._phase_rules if rule is not live]
         self._end(live, now)
+        take_back(self, live, now)
         self._rebuild(self._disks.values())
         return self.decided
 
     def reset(self, now: int) -> int:
-        """Take every rule out of force, end the phases, heal all damage, release what hangs, turn the power on."""
+        """Take every rule out of force, end the phases, heal all damage, release what hangs. Profiles stay: they are the disks."""
         for rule in self.live_rules:
             self._end(rule, now)
         self._always, self._phase_rules = [], []
         self._timeline = Timeline((), now)
-        self.paths = {name: Paths(profile.paths) for name, profile in self.scenario.profile.items() if profile.paths}
-        self._off.clear()
-        self._rebuild(self._disks.values())
+        for thing in (*self.paths.values(), *self.pools.values()):
+            thing.reset()
+        if self._off:
+            self.order("power_on", now)
+        self.power_on()
         for disk in self._disks.values():
             disk.overlay.heal(now)
         self.order("release", now, rule=None, error=0)
         return self.decided
 
     def dead_man(self, now: int) -> int:
-        """Who controls the scenario is gone: end and release all hangs but those of rules that persist."""
+        """Who controls the scenario is gone: end what makes requests hang, unless a rule persists, and release them."""
         for rule in [rule for rule in self.live_rules if not rule.spec.persist]:
-            if rule.spec.action.hang is not None or (rule.spec.action.error_as or self.scenario.error_as) == "hang":
+            hangs = rule.spec.action.hang is not None or (rule.spec.action.error_as or self.scenario.error_as) == "hang"
+            if hangs or {"path", "power_cut"} & set(rule.commands):
                 self.remove_rule(rule.name, now)
         return self.decided
 
     def _names(self) -> set[str]:
-        return {rule.name or "" for phase in self.scenario.phase for rule in phase.rule} | {rule.name for rule in self.live_rules}
+        return {rule.name or "" for phase in self.scenario.phase for rule in phase.rule} | {
+            rule.name for rule in self.live_rules
+        }
 
     def _rebuild(self, disks: Iterable[DiskRules]) -> None:
         self.counts_depth = self._profiles_use_depth or any(rule.uses_depth for rule in self.live_rules)
@@ -290,6 +296,10 @@ class Engine:
             for scope, name in self._off
         )
 
+    @property
+    def is_anything_off(self) -> bool:
+        return bool(self._off)
+
     def cut_power(self, scope: str, disk: str) -> None:
         self._off.append((scope, disk))
         self._rebuild(self._disks.values())
@@ -303,7 +313,9 @@ class Engine:
         carry_out(self, rule, now, disk, number)
 
     def log(self, rule: LiveRule, disk: DiskRules, op: str, number: int, now: int, hit: Hit) -> None:
-        self.decisions.add(Decision(now, rule.name, disk.key, op, number, hit.u, hit.places, "+".join(rule.fates + rule.commands)))
+        self.decisions.add(
+            Decision(now, rule.name, disk.key, op, number, hit.u, hit.places, "+".join(rule.fates + rule.commands))
+        )
 
     def replayed_hit(self, rule: BoundRule, number: int) -> Hit | None:
         """What the log that is run again says."""
@@ -326,7 +338,9 @@ class Engine:
 
     def statistics(self) -> dict[str, Any]:
         """Everything that status pages and metrics show."""
-        rules = dict.fromkeys([rule.name for rule in self.scenario.rule] + [r.name for p in self.scenario.phase for r in p.rule])
+        rules = dict.fromkeys(
+            [rule.name for rule in self.scenario.rule] + [r.name for p in self.scenario.phase for r in p.rule]
+        )
         counts = {name: list(self._past_hits.get(name, (0, 0))) for name in (*rules, *(rule.name for rule in self.live_rules))}
         live = {rule.name for rule in self.live_rules}
         for rule in self.live_rules:

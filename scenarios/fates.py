@@ -73,7 +73,11 @@ Step = Callable[[Outcome, Hit], None]
 
 def compile_fates(rule: LiveRule, disk: DiskRules, op: str) -> list[Step]:
     """The steps of a rule for one disk and operation."""
-    return [_COMPILERS[name](rule, rule.spec.action, disk, op) for name in rule.fates if not (name == "drain" and op not in _DRAINED)]
+    return [
+        _COMPILERS[name](rule, rule.spec.action, disk, op)
+        for name in rule.fates
+        if not (name == "drain" and op not in _DRAINED)
+    ]
 
 
 _DRAINED = ("close", "detach")

@@ -11,7 +11,6 @@ its place.
 
 from __future__ import annotations
 
-import math
 import operator
 import re
 from collections.abc import Callable, Iterator
@@ -144,7 +143,9 @@ class _Parser:
     def _product(self) -> _Value:
         value = self._value()
         while self._is("*") or self._is("/"):
-            value = self._combine(value, operation=operator.mul if self._next() == "*" else operator.truediv, other=self._value())
+            value = self._combine(
+                value, operation=operator.mul if self._next() == "*" else operator.truediv, other=self._value()
+            )
         return value
 
     def _combine(self, value: _Value, other: _Value, operation: Callable[[float, float], float]) -> _Value:
@@ -184,7 +185,9 @@ class _Parser:
             return _Value(False, lambda draws, request, disk: disk.depth)
         if name not in FUNCTIONS:
             near = get_close_matches(name, [*FUNCTIONS, "depth"], 1)
-            self._fail(f"{name!r} is not known" + (f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(FUNCTIONS)}"))
+            self._fail(
+                f"{name!r} is not known" + (f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(FUNCTIONS)}")
+            )
         self._expect("(")
         self._enter()
         if name == "mix":
@@ -314,7 +317,7 @@ def _exponential(parser: _Parser, plain: list[float], named: dict[str, float]) -
 
 
 def _lognormal(parser: _Parser, plain: list[float], named: dict[str, float]) -> Part:
-    low, high, median = named.pop("min", 0.0), named.pop("max", math.inf), named.pop("p50")
+    low, high, median = named.pop("min", 0.0), named.pop("max", distributions.DAY_NS), named.pop("p50")
     tails = [(_percentile(name), value) for name, value in named.items()]
     if plain or len(tails) != 1:
         raise KeyError("p99")
@@ -322,7 +325,7 @@ def _lognormal(parser: _Parser, plain: list[float], named: dict[str, float]) -> 
 
 
 def _pareto(parser: _Parser, plain: list[float], named: dict[str, float]) -> Part:
-    low, high = named.pop("min"), named.pop("max", math.inf)
+    low, high = named.pop("min"), named.pop("max", distributions.DAY_NS)
     return distributions.pareto(parser.draw(), low, named.pop("alpha"), high, *plain, **named)
 
 

@@ -58,7 +58,7 @@ def load_rule(data: Mapping[str, Any], name: str, traces: Traces | None = None, 
     rule = rule.model_copy(update={"name": rule.name or name})
     at = len(around.rule)
     whole = around.model_copy(update={"rule": (*around.rule, rule)})
-    if found := [problem for problem in problems(whole) if problem.place[:2] == ("rule", at)]:
+    if found := [problem for problem in problems(whole) if problem.place[:2] == ("rule", at) and problem.level == "error"]:
         raise _bad("of the live rules", "", data, [problem._replace(place=problem.place[2:]) for problem in found])
     return rule
 
@@ -73,7 +73,9 @@ def library_text(name: str) -> str:
     """The text of one of them. Raises `BadScenario`."""
     known = library()
     if name not in known:
-        raise BadScenario(source=repr(name), where="its name", reason="it is not in the library", hint=_sentence(did_you_mean(name, known)))
+        raise BadScenario(
+            source=repr(name), where="its name", reason="it is not in the library", hint=_sentence(did_you_mean(name, known))
+        )
     return resources.files("scenarios").joinpath("library", f"{name}.toml").read_text()
 
 
@@ -104,7 +106,9 @@ def _with_bases(data: dict[str, Any], source: str, text: str) -> dict[str, Any]:
             continue
         if not isinstance(base, str) or base not in library():
             hint = _sentence(did_you_mean(str(base), library()))
-            raise _bad(source, text, data, [Problem(("profile", name, "base"), f"no profile of the library is called {base!r}", hint)])
+            raise _bad(
+                source, text, data, [Problem(("profile", name, "base"), f"no profile of the library is called {base!r}", hint)]
+            )
         below = tomllib.loads(library_text(base)).get("profile", {})
         merged[name] = _merge(next(iter(below.values())), profile)
     return {**data, "profile": merged}
@@ -160,11 +164,6 @@ def _where(place: tuple[Any, ...], text: str, data: Any) -> str:
 
 def _has(data: Any, step: Any) -> bool:
     return step in data if isinstance(data, dict) else isinstance(step, int) and step < len(data)
-
-
-
-
-
 
 
 _HEADER = re.compile(r"\s*\[\[?\s*([^\[\]]+?)\s*\]\]?\s*(?:#.*)?")

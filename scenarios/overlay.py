@@ -54,15 +54,13 @@ class Layer:
         self.key, self.patches, self.healed, self.healed_rate = copy.key, copy.patches, copy.healed, copy.healed_rate
 
 
-
-
 class Overlay:
     """The damage of one disk."""
 
     def __init__(self, key: str = "") -> None:
         self.data, self.device = Layer(key), Layer(key)
         self.media: list[Media] = []
-        self.keeps_history = False
+        self._keeps_history = False
         self._history = Patches()
         self._past: list[tuple[int, int]] = []
         self._snapshots: dict[str, Layer] = {}
@@ -70,10 +68,20 @@ class Overlay:
     @property
     def is_quiet(self) -> bool:
         """Whether requests without effects need not come by here. Media faults ask to be told of writes."""
-        return not (self.data.patches or self.device.patches or self.media or self.keeps_history)
+        return not (self.data.patches or self.device.patches or self.media or self._keeps_history)
 
     def layer(self, sticks_to: str) -> Layer:
         return self.device if sticks_to == "device" else self.data
+
+    def keep_history(self, wanted: bool) -> None:
+        """Whether old data are kept for stale reads."""
+        if self._keeps_history and not wanted:
+            self._forget_history()
+        self._keeps_history = wanted
+
+    def _forget_history(self) -> None:
+        self._history.clear()
+        self._past.clear()
 
     # Reading
 
@@ -100,7 +108,7 @@ class Overlay:
     def before(self, offset: int, length: int, effects: Sequence[Effect] = ()) -> list[tuple[int, int]]:
         """The ranges (offset, length) that must be read from the store before it is written."""
         damaged = any(effect.kind in ("lose", "torn", "misdirect") for effect in effects)
-        return [(offset, length)] if (damaged or self.keeps_history) and length <= EFFECT_BYTES_MAX else []
+        return [(offset, length)] if (damaged or self._keeps_history) and length <= EFFECT_BYTES_MAX else []
 
     def wrote(
         self,
@@ -115,8 +123,10 @@ class Overlay:
         old = bytearray(before[0]) if before else None
         if old is not None:
             self.show(offset, memoryview(old), now)
-            if self.keeps_history:
+            if self._keeps_history:
                 self._remember(offset, bytes(old))
+        else:
+            self._history.cut(offset, length)
         for media in self.media:
             media.wrote(offset, length, now)
         self.data.patches.cut(offset, length)
@@ -170,8 +180,7 @@ class Overlay:
     def revert(self, name: str) -> None:
         """The disk went back to a snapshot. A snapshot from before there was an overlay is undamaged."""
         self.data.become(self._snapshots.get(name) or Layer(self.data.key))
-        self._history.clear()
-        self._past.clear()
+        self._forget_history()
 
     def forget(self, name: str) -> None:
         """The snapshot was deleted."""
@@ -189,8 +198,7 @@ class Overlay:
         """Take away all damage of the disk. Its snapshots keep theirs; rules that are still in force may do more."""
         for layer in (self.data, self.device):
             layer.patches.clear()
-        self._history.clear()
-        self._past.clear()
+        self._forget_history()
         for media in self.media:
             media.heal(now)
 

@@ -33,6 +33,10 @@ class Paths:
         """``up`` is what the path was at the beginning (optimized if it was down)."""
         self._states[name] = self._up(name) if state == "up" else state
 
+    def reset(self) -> None:
+        """Every path is what it was at the beginning."""
+        self._states = dict(self._first)
+
     def flap(self, name: str, up_ns: int, down_ns: int, now: int) -> None:
         self._states[name] = _Flap(now, up_ns, down_ns, self._up(name))
 

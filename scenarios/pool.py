@@ -37,7 +37,8 @@ class Pool:
         needs_check: bool = False,
     ) -> None:
         self.name, self._event = name, raise_event
-        self.capacity_bytes, self.used_bytes = capacity_bytes, 0
+        self._first_capacity_bytes = self.capacity_bytes = capacity_bytes
+        self.used_bytes = self._taken_bytes = 0  # by our disks, and by others
         self._low_water_bytes, self._was_low = low_water_bytes, False
         self._queues, self._timeout_ns, self._then, self._needs_check = queues, timeout_ns, then, needs_check
         self.is_read_only = self._was_full = False
@@ -45,7 +46,7 @@ class Pool:
 
     @property
     def free_bytes(self) -> int:
-        return max(0, self.capacity_bytes - self.used_bytes)
+        return max(0, self.capacity_bytes - self.used_bytes - self._taken_bytes)
 
     def adopt(self, vdi: str, extents: list[tuple[int, int]]) -> None:
         """The disk has these (offset, length) already."""
@@ -115,8 +116,8 @@ class Pool:
             self._event("pool-full")
 
     def fill(self) -> None:
-        """Nothing is free from now on."""
-        self.used_bytes = max(self.used_bytes, self.capacity_bytes)
+        """Somebody else takes all that is free."""
+        self._taken_bytes += self.free_bytes
         self._levels()
 
     def fill_metadata(self) -> None:
@@ -128,6 +129,11 @@ class Pool:
         self.capacity_bytes += size_bytes
         if self.is_read_only and not self._needs_check:
             self.is_read_only = False
+        self._levels()
+
+    def reset(self) -> None:
+        """What rules did to the pool is undone; what disks wrote stays."""
+        self.capacity_bytes, self._taken_bytes, self.is_read_only = self._first_capacity_bytes, 0, False
         self._levels()
 
     def statistics(self) -> dict[str, Any]:

@@ -147,7 +147,7 @@ def parse_range(text: str) -> Range:
     if not dots:
         return Range(start, start)
     end = _edge(last, text) if last.strip() else None
-    if end is not None and type(start) is type(end) and end <= start:
+    if end is not None and type(start) is type(end) and end <= start or isinstance(start, float) and start >= 1:
         raise ValueError(f"{text!r} is an empty range")
     return Range(start, end)
 

@@ -50,7 +50,7 @@ class Effect(NamedTuple):
     ====================  ============================================================================
     kind                  value
     ====================  ============================================================================
-    ``lose``              None, or until when (ns) readers see the old data
+    ``lose``              None, or until when (ns) readers see the old data; a flush is answered and not done
     ``torn``              ((start, end), ...): the parts of the request that were written
     ``flip``              (bit, ...): bits counted from the beginning of the request, lowest of a byte first
     ``misdirect``         the offset in bytes where the data went, or came from

@@ -96,7 +96,9 @@ class BoundRule:
         self._counters = rule.shared if op in CONTROL_OPS or rule.commands else counters
         self._area = match.range.bytes_of(disk.size_bytes) if match.range else None
         self._size, self._fua, self._path, self._client = match.size, match.fua, match.path, match.client
-        self._selective = any(part is not None for part in (self._area, self._size, self._fua, self._path)) or bool(match.client)
+        self._selective = any(part is not None for part in (self._area, self._size, self._fua, self._path)) or bool(
+            match.client
+        )
         self._state, self.goto = trigger.state, trigger.goto
         self._sleeps = bool(trigger.when or trigger.after or trigger.state)
         self._skip_requests, self._skip_bytes = (0, 0)

@@ -128,7 +128,9 @@ class Replay(Table):
 class Action(Table):
     """What happens. Several actions of one rule happen together."""
 
-    delay: f.DelayText = Field(None, description="a latency; with + added to the disk's, with * multiplying it, else in its place")
+    delay: f.DelayText = Field(
+        None, description="a latency; with + added to the disk's, with * multiplying it, else in its place"
+    )
     rate: f.Rate = Field(None, description="bytes a second: 30MB/s")
     iops: Count | None = Field(None, description="requests a second")
     iops_size: f.BlockSize = Field(None, description="larger requests count as several of this size")
@@ -237,7 +239,9 @@ class Profile(Table):
     base: Name | None = Field(None, description="a profile of the library to start from")
     vdi: f.Globs = Field((), description="which disks; default: every disk")
     latency: LatencyTable = Field(LatencyTable(), description="how long requests take: latency.read = ..., latency.all = ...")
-    control: ControlTable = Field(ControlTable(), description="how long operations take: control.snapshot = ..., control.all = ...")
+    control: ControlTable = Field(
+        ControlTable(), description="how long operations take: control.snapshot = ..., control.all = ..."
+    )
     rate: f.Rate = Field(None, description="bytes a second of each disk")
     iops: Count | None = Field(None, description="requests a second of each disk")
     iops_size: f.BlockSize = Field(None, description="larger requests count as several of this size")

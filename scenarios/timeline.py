@@ -67,5 +67,12 @@ def plan_table(phases: Sequence[Phase]) -> list[tuple[str, str, str, int]]:
         ways = [format_duration(phase.for_)] if phase.for_ is not None else []
         if until is not None:
             ways.append(f"until event {until.event}" if until.event else f"until {', '.join(until.op)} {until.nth}")
-        rows.append((phase.name or "", " or ".join(ways) or "to the end", ", ".join(rule.name or "" for rule in phase.rule), phase.repeat))
+        rows.append(
+            (
+                phase.name or "",
+                " or ".join(ways) or "to the end",
+                ", ".join(rule.name or "" for rule in phase.rule),
+                phase.repeat,
+            )
+        )
     return rows

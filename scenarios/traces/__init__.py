@@ -37,7 +37,9 @@ def detect(head: bytes, source: str = "trace") -> str:
     for name, format in FORMATS.items():
         if format.fits(head):
             return name
-    raise BadTrace(source=source, where="its beginning", reason=f"no format known begins like that; there are {', '.join(FORMATS)}")
+    raise BadTrace(
+        source=source, where="its beginning", reason=f"no format known begins like that; there are {', '.join(FORMATS)}"
+    )
 
 
 def format_of(name: str, source: str = "trace") -> Format:
@@ -47,7 +49,9 @@ def format_of(name: str, source: str = "trace") -> Format:
     return FORMATS[name]
 
 
-def read(streams: BinaryIO | Sequence[BinaryIO], format: str, source: str = "trace", device: str | None = None) -> Iterator[Record]:
+def read(
+    streams: BinaryIO | Sequence[BinaryIO], format: str, source: str = "trace", device: str | None = None
+) -> Iterator[Record]:
     """The records of a trace in order of time, from its beginning; of one ``device`` only if given.
 
     Several streams only for blktrace, which writes one for each CPU. Raises `BadTrace` where it gets to the bad place.

@@ -37,7 +37,9 @@ _LINE = re.compile(
     r"(?:\s+(?P<sector>\d+)(?:\s+\+\s+(?P<count>\d+))?)?(?:\s+[\[(](?P<tail>.*)[\])])?(?:\s.*)?"
 )
 _EVENT = re.compile(r"\s*\d+,\d+\s")
-_SUMMARY = re.compile(r"(CPU\d+|Total|Throughput|Events|Skips|Input file|\s*(Reads|Writes|Read|Write|PC|IO|Allocation|Merge)\b)")
+_SUMMARY = re.compile(
+    r"(CPU\d+|Total|Throughput|Events|Skips|Input file|\s*(Reads|Writes|Read|Write|PC|IO|Allocation|Merge)\b)"
+)
 
 
 class _Event(NamedTuple):
@@ -136,7 +138,9 @@ def _write_blkparse(records: Iterable[Record], out: BinaryIO, info: Info) -> int
         rwbs = "F" + rwbs if event.flushes else rwbs
         where = "" if event.op == "flush" else f" {event.offset // SECTOR_BYTES} + {event.length // SECTOR_BYTES}"
         tail = f"[{event.error}]" if event.action == "C" else "[simsr]"
-        out.write(f"{major_minor:>5} {0:>4} {sequence:>8} {time:>14} {1:>5} {event.action:>2} {rwbs:>3}{where} {tail}\n".encode())
+        out.write(
+            f"{major_minor:>5} {0:>4} {sequence:>8} {time:>14} {1:>5} {event.action:>2} {rwbs:>3}{where} {tail}\n".encode()
+        )
     return written.skipped
 
 
@@ -149,7 +153,12 @@ class _Written:
     def events(self) -> Iterator[_Event]:
         later: list[tuple[int, int, _Event]] = []
         for number, (record, flushes) in enumerate(self._merged()):
-            if record.op not in _CATEGORIES_OF or record.offset % SECTOR_BYTES or record.length % SECTOR_BYTES or _is_huge(record):
+            if (
+                record.op not in _CATEGORIES_OF
+                or record.offset % SECTOR_BYTES
+                or record.length % SECTOR_BYTES
+                or _is_huge(record)
+            ):
                 self.skipped += 1
                 continue
             while later and later[0][0] <= record.issue_ns:
@@ -206,13 +215,17 @@ def _binary(stream: BinaryIO, source: str) -> Iterator[_Event]:
     at = 0
     while head := stream.read(_HEADER_BYTES):
         if len(head) < _HEADER_BYTES:
-            raise BadTrace(source=source, where=f"byte {at}", reason=f"the last record has {len(head)} of {_HEADER_BYTES} bytes")
+            raise BadTrace(
+                source=source, where=f"byte {at}", reason=f"the last record has {len(head)} of {_HEADER_BYTES} bytes"
+            )
         if not order:
             order = next((sign for sign in "<>" if struct.unpack_from(sign + "I", head)[0] == _MAGIC), "")
         fields = struct.unpack((order or "<") + _HEADER, head)
         magic, _, time, sector, length, action, _, device, _, error, extra = fields
         if magic != _MAGIC:
-            raise BadTrace(source=source, where=f"byte {at}", reason=f"magic {magic:#x} is not {_MAGIC:#x} (blktrace version 7)")
+            raise BadTrace(
+                source=source, where=f"byte {at}", reason=f"magic {magic:#x} is not {_MAGIC:#x} (blktrace version 7)"
+            )
         if len(stream.read(extra)) < extra:
             raise BadTrace(source=source, where=f"byte {at}", reason=f"the record's {extra} bytes of extra data are cut short")
         at += _HEADER_BYTES + extra
@@ -220,7 +233,9 @@ def _binary(stream: BinaryIO, source: str) -> Iterator[_Event]:
         if name is None or op is None or action & _NOTIFY:
             continue
         if sector >= 1 << 54:
-            raise BadTrace(source=source, where=f"byte {at - _HEADER_BYTES - extra}", reason=f"sector {sector} is beyond any disk")
+            raise BadTrace(
+                source=source, where=f"byte {at - _HEADER_BYTES - extra}", reason=f"sector {sector} is beyond any disk"
+            )
         where = (0, 0) if op == "flush" else (sector * SECTOR_BYTES, length)
         flushes = bool(action & _FLUSH) and op != "flush"
         yield _Event(time, name, f"{device >> 20},{device & 0xFFFFF}", op, *where, flushes, bool(action & _FUA), error)
@@ -243,7 +258,19 @@ def _write_blktrace(records: Iterable[Record], out: BinaryIO, info: Info) -> int
         action = _NUMBERS[event.action] | _CATEGORY[event.action] | _CATEGORIES_OF[event.op]
         action |= (_FUA if event.fua else 0) | (_FLUSH if event.flushes else 0)
         device = (int(major) << 20 | int(minor)) & 0xFFFFFFFF
-        fields = (_MAGIC, sequence, event.time_ns, event.offset // SECTOR_BYTES, event.length, action, 1, device, 0, event.error & 0xFFFF, 0)
+        fields = (
+            _MAGIC,
+            sequence,
+            event.time_ns,
+            event.offset // SECTOR_BYTES,
+            event.length,
+            action,
+            1,
+            device,
+            0,
+            event.error & 0xFFFF,
+            0,
+        )
         out.write(struct.pack("<" + _HEADER, *fields))
     return written.skipped
 

@@ -41,7 +41,14 @@ class Recorder:
         error = min(record.error, 0xFFFF)
         self._out.write(
             _RECORD.pack(
-                record.issue_ns, record.offset, min(record.length, 0xFFFFFFFF), _NUMBERS[record.op], flags, error, latency, depth
+                record.issue_ns,
+                record.offset,
+                min(record.length, 0xFFFFFFFF),
+                _NUMBERS[record.op],
+                flags,
+                error,
+                latency,
+                depth,
             )
         )
         self.count += 1
@@ -56,7 +63,9 @@ def read_info(stream: BinaryIO, source: str) -> tuple[Info, str]:
         head = json.loads(line[len(_MAGIC) :])
         device = head.pop("device", "")
         info = Info(**head)
-        if not all(type(value) is type(default) for value, default in zip(info, Info(), strict=True)) or not isinstance(device, str):
+        if not all(type(value) is type(default) for value, default in zip(info, Info(), strict=True)) or not isinstance(
+            device, str
+        ):
             raise TypeError("a value is of the wrong kind")
     except (ValueError, TypeError, AttributeError) as error:
         raise BadTrace(source=source, where="line 1", reason=f"the head cannot be read: {error}") from None
@@ -72,7 +81,9 @@ def _records(stream: BinaryIO, source: str) -> Iterator[Record]:
     for at, raw in records_of(stream, _RECORD.size, source):
         issue, offset, length, op, flags, error, latency, depth = _RECORD.unpack(raw)
         if op >= len(TRACE_OPS) or flags & ~_FUA:
-            raise BadTrace(source=source, where=f"record {at // _RECORD.size + 1}", reason=f"operation {op}, flags {flags} are not known")
+            raise BadTrace(
+                source=source, where=f"record {at // _RECORD.size + 1}", reason=f"operation {op}, flags {flags} are not known"
+            )
         yield Record(
             issue,
             TRACE_OPS[op],

@@ -124,7 +124,9 @@ def records_of(stream: BinaryIO, size: int, source: str) -> Iterator[tuple[int, 
             chunk += more
         if len(chunk) % size:
             where = offset + len(chunk) - len(chunk) % size
-            raise BadTrace(source=source, where=f"byte {where}", reason=f"the last record has {len(chunk) % size} of {size} bytes")
+            raise BadTrace(
+                source=source, where=f"byte {where}", reason=f"the last record has {len(chunk) % size} of {size} bytes"
+            )
         for at in range(0, len(chunk), size):
             yield offset + at, chunk[at : at + size]
         offset += len(chunk)

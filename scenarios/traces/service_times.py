@@ -50,7 +50,9 @@ class ServiceTimes:
                 key = self._key(record.op, record.length, depth)
                 self._times.setdefault(key, array("q")).append(record.latency_ns)
         if not self._times:
-            raise BadTrace(source=source, where="its records", reason="none says how long it took; msr, vscsi2, blktrace and blkparse do")
+            raise BadTrace(
+                source=source, where="its records", reason="none says how long it took; msr, vscsi2, blktrace and blkparse do"
+            )
         self._at = dict.fromkeys(self._times, 0)
         self._sorted: dict[_Key, list[int]] = {}
         self._nearest: dict[_Key, _Key] = {}

@@ -53,7 +53,15 @@ def _write_msr(records: Iterable[Record], out: BinaryIO, info: Info) -> int:
             continue
         host, _, disk = (_name(record.device) or "simsr.0").rpartition(".")
         time = _FILETIME_2007 + record.issue_ns // 100
-        fields = (time, host or disk, disk if host else 0, record.op.title(), record.offset, record.length, record.latency_ns // 100)
+        fields = (
+            time,
+            host or disk,
+            disk if host else 0,
+            record.op.title(),
+            record.offset,
+            record.length,
+            record.latency_ns // 100,
+        )
         out.write((",".join(map(str, fields)) + "\n").encode())
     return skipped
 

@@ -6,7 +6,7 @@ Version 2 has the response time. The version is the high byte of ``ver``. Comman
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
 from scenarios.traces.records import SECTOR_BYTES, Format, Info, Record, in_order, records_of, sole

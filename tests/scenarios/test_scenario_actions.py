@@ -33,7 +33,9 @@ class TestLatency:
         assert [ask(many.disk(name, GIB)).delay_ns for name in ("s1", "x")] == [S, MS]
 
     def test_a_phase_chooses_the_profile(self):
-        one = disk('[profile.good]\nlatency.all = "1ms"\n[profile.bad]\nlatency.all = "1s"\n[[phase]]\nfor = "1s"\n[[phase]]\nprofile = "bad"\nfor = "1s"\n')
+        one = disk(
+            '[profile.good]\nlatency.all = "1ms"\n[profile.bad]\nlatency.all = "1s"\n[[phase]]\nfor = "1s"\n[[phase]]\nprofile = "bad"\nfor = "1s"\n'
+        )
         assert [ask(one, at=at * S).delay_ns for at in range(3)] == [MS, S, MS]
 
     def test_drain(self):
@@ -192,7 +194,10 @@ class TestPaths:
         assert ask(one, path="A").hang is None and ask(one, path="B").hang == Hang("path:p"), "standby carries nothing"
 
     def test_flap(self):
-        many = engine(self.TEXT + '[[phase]]\nfor = "20s"\n[[phase.rule]]\nmatch = { path = "A" }\naction = { path = "flap", up = "2s", down = "3s" }\n')
+        many = engine(
+            self.TEXT
+            + '[[phase]]\nfor = "20s"\n[[phase.rule]]\nmatch = { path = "A" }\naction = { path = "flap", up = "2s", down = "3s" }\n'
+        )
         one = many.disk("d", GIB)
         hangs = [ask(one, at=at * S).hang for at in range(10)]
         assert [bool(hang) for hang in hangs] == [False, False, True, True, True] * 2
@@ -207,7 +212,10 @@ class TestPaths:
 
     def test_the_slower_path_is_taken_when_the_best_is_down(self):
         text = '[profile.p]\npaths = { A = "optimized", B = "non-optimized" }\n[[rule]]\nmatch = { path = "B" }\naction = { delay = "1s" }\n'
-        one = disk(text + '[[phase]]\nfor = "1s"\n[[phase]]\nfor = "1s"\n[[phase.rule]]\nmatch = { path = "A" }\naction = { path = "down" }\n')
+        one = disk(
+            text
+            + '[[phase]]\nfor = "1s"\n[[phase]]\nfor = "1s"\n[[phase.rule]]\nmatch = { path = "A" }\naction = { path = "down" }\n'
+        )
         assert ask(one).delay_ns == 0 and ask(one, at=S).delay_ns == S
 
 
@@ -222,7 +230,7 @@ class TestPool:
         assert ask(one, "write", MIB, at=S).hang == Hang("pool:p", 61 * S, errno.ENOSPC)
         assert ask(one, "write", 0, at=S).hang is None, "what it has already it may write"
         assert ask(one, "read", MIB).hang is None
-        assert [order for order in orders(many)] == [("event", 0.0, {"name": "pool-full"})]
+        assert orders(many) == [("event", 0.0, {"name": "pool-full"})]
 
     def test_fail_at_once(self):
         one = self.pool('when_full = { mode = "error" }').disk("d", GIB)
@@ -234,7 +242,10 @@ class TestPool:
         for number in range(16):
             ask(one, "write", number * 64 * KIB, at=number)
         ask(one, "write", 2 * MIB, at=20)
-        assert [(kind, round(at * S), more["name"]) for kind, at, more in orders(many)] == [("event", 8, "pool-low"), ("event", 15, "pool-full")]
+        assert [(kind, round(at * S), more["name"]) for kind, at, more in orders(many)] == [
+            ("event", 8, "pool-low"),
+            ("event", 15, "pool-full"),
+        ]
         ask(one, "trim", 0, MIB)
         ask(one, "write", 0, MIB, at=30)
         assert [more["name"] for _, _, more in orders(many)] == ["pool-low", "pool-full"]
@@ -283,7 +294,9 @@ class TestPowerAndEvents:
     CUT = 'power_cut = { keep = "p=0.5", torn = "512B", scope = "SCOPE", order = "any" }'
 
     def cut(self, scope):
-        text = rule("", 'after = { op = "write", nth = 2 }', self.CUT.replace("SCOPE", scope)) + rule('op = "open"', "times = 9", 'power = "on"')
+        text = rule("", 'after = { op = "write", nth = 2 }', self.CUT.replace("SCOPE", scope)) + rule(
+            'op = "open"', "times = 9", 'power = "on"'
+        )
         many = engine(text, seed=7)
         return many, many.disk("a", GIB, groups=["vm1"]), many.disk("b", GIB, groups=["vm1"]), many.disk("c", GIB)
 
@@ -294,7 +307,16 @@ class TestPowerAndEvents:
         assert ask(a).disconnect and ask(a, "flush").disconnect and not ask(c, "write").disconnect
         cut, event = orders(many)
         assert cut[:2] == ("power_cut", 1.0) and event == ("event", 1.0, {"name": "power-cut"})
-        expected = {"rule": "rule-1", "vdi": "b", "number": 1, "seed": 7, "keep": 0.5, "torn": 512, "scope": "group:vm1", "order": "any"}
+        expected = {
+            "rule": "rule-1",
+            "vdi": "b",
+            "number": 1,
+            "seed": 7,
+            "keep": 0.5,
+            "torn": 512,
+            "scope": "group:vm1",
+            "order": "any",
+        }
         assert cut[2] == expected
 
     @pytest.mark.parametrize("scope, off", [("disk", [False, True, False]), ("host", [True, True, True])])
@@ -337,7 +359,11 @@ class TestPowerAndEvents:
         def replays(spec, disk):
             return opened.setdefault((spec.name, disk.name), Times())
 
-        many = engine('[profile.p]\nlatency.all = "1ms"\n' + rule('vdi = "g*"', "", 'replay = { trace = "t", as = "latency", bucket = ["op", "depth"] }'), replays=replays)
+        many = engine(
+            '[profile.p]\nlatency.all = "1ms"\n'
+            + rule('vdi = "g*"', "", 'replay = { trace = "t", as = "latency", bucket = ["op", "depth"] }'),
+            replays=replays,
+        )
         one = many.disk("g1", GIB)
         many.disk("other", GIB)
         assert [ask(one).delay_ns // MS for _ in range(3)] == [5, 5, 1], "the disk's own latency when the trace has ended"

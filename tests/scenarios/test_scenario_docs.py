@@ -11,7 +11,16 @@ from scenarios.clients import CLIENTS, NBD_ERRORS
 from scenarios.engine import Engine
 from scenarios.latency_text import FUNCTIONS, parse_latency
 from scenarios.loader import load
-from scenarios.quantities import NS, parse_burst, parse_bytes, parse_duration, parse_growth, parse_range, parse_rate, parse_share
+from scenarios.quantities import (
+    NS,
+    parse_burst,
+    parse_bytes,
+    parse_duration,
+    parse_growth,
+    parse_range,
+    parse_rate,
+    parse_share,
+)
 from scenarios.request import OPS
 from scenarios.schema import TABLES, ControlTable, LatencyTable
 from scenarios.traces import FORMATS
@@ -39,7 +48,9 @@ def section(title):
     return DOCS.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
-@pytest.mark.parametrize("table", [table for table in TABLES if table not in (LatencyTable, ControlTable)], ids=lambda table: table.__name__)
+@pytest.mark.parametrize(
+    "table", [table for table in TABLES if table not in (LatencyTable, ControlTable)], ids=lambda table: table.__name__
+)
 def test_tables_list_every_key(table):
     rows = "".join(
         f"| `{field.alias or name}`{' (required)' if field.is_required() else ''} | {field.description} |\n"
@@ -61,7 +72,13 @@ def test_latencies_are_listed():
 
 def test_units():
     rows = dict(re.findall(r"^\| ([a-z ]+) \| (.*) \|$", section("Units"), re.MULTILINE))
-    parsers = {"duration": parse_duration, "rate": parse_rate, "growth": parse_growth, "burst": parse_burst, "size": parse_bytes}
+    parsers = {
+        "duration": parse_duration,
+        "rate": parse_rate,
+        "growth": parse_growth,
+        "burst": parse_burst,
+        "size": parse_bytes,
+    }
     parsers |= {"share": parse_share, "range of the disk": parse_range, "range of sizes": parse_range}
     for kind, parse in parsers.items():
         for text in re.findall(r"`([^`]+)`", rows[kind]):
@@ -83,7 +100,10 @@ def test_formats_are_listed():
     listed = {}
     for names, latency, kept in re.findall(r"^\| (`.*?) \| yes \| yes \| (.*?) \| (.*?) ?\|$", rows, re.MULTILINE):
         for name in re.findall(r"`(\w+)`", names):
-            listed[name] = latency == "yes" or latency == f"only {name[-1]}", set(re.findall(r"\w+", kept.lower().replace("errors", "error")))
+            listed[name] = (
+                latency == "yes" or latency == f"only {name[-1]}",
+                set(re.findall(r"\w+", kept.lower().replace("errors", "error"))),
+            )
     assert listed == {name: ("latency" in format.keeps, set(format.keeps) - {"latency"}) for name, format in FORMATS.items()}
 
 

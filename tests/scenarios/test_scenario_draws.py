@@ -14,7 +14,7 @@ def test_the_same_for_the_same():
 
 def test_known_values():
     """The numbers are part of the format: a seed in a bug report must mean the same next year."""
-    assert Draws(7, "rule", "disk")(1)[0] == pytest.approx(0.6457649903505387, abs=1e-15)
+    assert Draws(7, "rule", "disk")(1)[0] == pytest.approx(0.6457649903505386, abs=1e-15)
     assert BlockHash(7, "rule", "disk").word(1) == 17080066700576110929
 
 
@@ -54,4 +54,25 @@ class TestBlocks:
     def test_far_away(self):
         places = BlockHash(3, "x")
         far = 2**52
-        assert places.below(far, 300, 0.1) == [block for block in range(far, far + 300) if places.word(block) < int(0.1 * 2.0**64)]
+        assert places.below(far, 300, 0.1) == [
+            block for block in range(far, far + 300) if places.word(block) < int(0.1 * 2.0**64)
+        ]
+
+
+def test_the_ends_are_never_reached():
+    """0 and 1 have no logarithm and no quantile: the largest and the smallest word must stay inside."""
+
+    class Ends:
+        def __init__(self, byte):
+            self.byte = byte
+
+        def update(self, data):
+            pass
+
+        def digest(self):
+            return bytes([self.byte]) * 8
+
+    for byte in (0, 255):
+        draws = Draws(1, count=1)
+        draws._copy = lambda byte=byte: Ends(byte)
+        assert 0 < draws(1)[0] < 1

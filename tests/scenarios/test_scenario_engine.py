@@ -29,7 +29,12 @@ class TestPhases:
             found.append((many.phase, ask(one, at=at * S).rules))
         names = [rules[0].split("/")[0] for _, rules in found]
         assert names == ["one"] * 10 + ["two"] * 10 + ["three"]
-        assert [(at, more["name"]) for kind, at, more in orders(many)] == [(100, "one"), (110, "two"), (115, "two"), (120, "three")]
+        assert [(at, more["name"]) for kind, at, more in orders(many)] == [
+            (100, "one"),
+            (110, "two"),
+            (115, "two"),
+            (120, "three"),
+        ]
 
     def test_a_clock_that_looks_late_moves_nothing(self):
         many = engine(PHASES)
@@ -57,7 +62,9 @@ class TestPhases:
         assert many.phase == "b"
 
     def test_a_count_is_of_the_phase_and_of_its_disks(self):
-        many = engine('[[phase]]\nfor = "1s"\n[[phase]]\nuntil = { op = ["write", "zero"], nth = 2, vdi = "a" }\n[[phase]]\nname = "c"\n')
+        many = engine(
+            '[[phase]]\nfor = "1s"\n[[phase]]\nuntil = { op = ["write", "zero"], nth = 2, vdi = "a" }\n[[phase]]\nname = "c"\n'
+        )
         a, b = many.disk("a", GIB), many.disk("b", GIB)
         for one in (a, a, b):
             ask(one, "write", at=0)
@@ -80,7 +87,9 @@ class TestPhases:
         assert many.phase == "phase-2"
 
     def test_phases_that_end_as_they_begin(self):
-        text = '[[phase]]\nuntil = "event:go"\nrepeat = 3000\n[[phase.rule]]\naction = { event = "go" }\n[[phase]]\nname = "end"\n'
+        text = (
+            '[[phase]]\nuntil = "event:go"\nrepeat = 3000\n[[phase.rule]]\naction = { event = "go" }\n[[phase]]\nname = "end"\n'
+        )
         many = engine(text)
         assert many.phase == "end" and sum(kind == "phase" for kind, _, _ in orders(many)) == 3001
 
@@ -139,6 +148,15 @@ class TestLive:
         with_paths = scenario('[profile.p]\npaths = { A = "optimized" }\n')
         load_rule({"match": {"path": "A"}, "action": {"path": "down"}}, "x", scenario=with_paths)
 
+    def test_states_can_be_built_up_rule_by_rule(self):
+        many = engine()
+        first = load_rule({"match": {"op": "flush"}, "trigger": {"goto": "bad"}, "action": {"delay": "1ms"}}, "one")
+        many.add_rule(first, 0)
+        with_first = many.scenario.model_copy(update={"rule": tuple(rule.spec for rule in many.live_rules)})
+        many.add_rule(load_rule({"trigger": {"state": "bad"}, "action": {"error": "EIO"}}, "two", scenario=with_first), 0)
+        one = many.disk("d", GIB)
+        assert [ask(one, op).error for op in ("read", "flush", "read")] == [0, 0, errno.EIO]
+
     def test_reset(self):
         many = engine('[profile.p]\nlatency.all = "1ms"\n' + PHASES + '[[rule]]\nname = "h"\naction = { hang = true }\n')
         one = many.disk("d", GIB)
@@ -164,6 +182,37 @@ class TestLive:
         assert ask(many.disk("d", GIB)).hang
         many.dead_man(0)
         assert [kind for kind, _, _ in orders(many)] == ["release"]
+
+    TROUBLE = '[profile.p]\npaths = { A = "optimized" }\ncapacity = "1GiB"\n'
+
+    @pytest.mark.parametrize("end", ["remove", "reset", "dead_man"])
+    @pytest.mark.parametrize(
+        "rule, released",
+        [
+            ({"match": {"path": "A"}, "action": {"path": "down"}}, "path:p"),
+            ({"trigger": {"nth": 1}, "action": {"power_cut": {"scope": "host"}}}, None),
+            ({"trigger": {"nth": 1}, "action": {"full": "now"}}, "pool:p"),
+            ({"trigger": {"nth": 1}, "action": {"full": "metadata"}}, "pool:p"),
+        ],
+    )
+    def test_what_commands_did_is_undone(self, rule, released, end):
+        many = engine(self.TROUBLE)
+        one = many.disk("d", GIB)
+        many.add_rule(load_rule(rule, "live", scenario=many.scenario), 0)
+        ask(one)
+        troubled = ask(one, "write")
+        assert troubled.hang or troubled.disconnect or troubled.error
+        if end == "dead_man" and "full" in rule["action"]:
+            many.dead_man(S)
+            assert ask(one, "write", at=S).hang or ask(one, "write", at=S).error, "it does not hang for ever"
+            return
+        orders(many)
+        {"remove": lambda: many.remove_rule("live", S), "reset": lambda: many.reset(S), "dead_man": lambda: many.dead_man(S)}[
+            end
+        ]()
+        assert ask(one, "write", at=S) == GO._replace(rules=()) and not ask(one, at=S).disconnect
+        kinds = {(kind, more.get("rule")) for kind, _, more in orders(many)}
+        assert ("power_on", None) in kinds if released is None else kinds & {("release", released), ("release", None)}
 
     def test_forgotten_disks(self):
         many = engine('[profile.p]\ncontrol.scan = "per_vdi(1ms)"\n')
@@ -193,7 +242,9 @@ LOGGED = (
 class TestDecisions:
     def run(self, many):
         disks = [many.disk(name, MIB) for name in "ab"]
-        return [ask(one, op, 4096 * (at % 256), at=at * 50 * MS) for at in range(150) for one in disks for op in ("read", "write")]
+        return [
+            ask(one, op, 4096 * (at % 256), at=at * 50 * MS) for at in range(150) for one in disks for op in ("read", "write")
+        ]
 
     def test_every_decision_is_logged(self):
         many = engine(LOGGED)
@@ -214,7 +265,9 @@ class TestDecisions:
         assert not any(plan.rules for plan in self.run(engine(LOGGED, decisions=[])))
 
     def test_commands_at_the_beginning_are_logged(self):
-        many = engine('[profile.p]\npaths = { A = "optimized" }\n[[phase]]\nname = "a"\n[[phase.rule]]\nmatch = { path = "A" }\naction = { path = "down" }\n')
+        many = engine(
+            '[profile.p]\npaths = { A = "optimized" }\n[[phase]]\nname = "a"\n[[phase.rule]]\nmatch = { path = "A" }\naction = { path = "down" }\n'
+        )
         assert [(found.rule, found.number, found.actions) for found in many.decisions] == [("a/rule-1", 0, "path")]
 
     @pytest.mark.parametrize("line", ["x", "{}", '{"at_ns": 1}', "[]", '{"places": 3}'])
@@ -242,7 +295,10 @@ def test_replaying_latency_needs_somebody_who_opens_traces():
 def test_deciding_is_cheap():
     """A bound that a slow machine keeps as well; here it is 2 to 5 us."""
     text = '[profile.p]\nlatency.all = "lognormal(p50=1ms, p99=5ms)"\ndepth = 64\n'
-    text += '[[rule]]\ntrigger = { p = 0.01 }\naction = { error = "EIO" }\n' * 2 + '[[rule]]\nmatch = { op = "read", range = "10%..20%" }\naction = { delay = "1s" }\n'
+    text += (
+        '[[rule]]\ntrigger = { p = 0.01 }\naction = { error = "EIO" }\n' * 2
+        + '[[rule]]\nmatch = { op = "read", range = "10%..20%" }\naction = { delay = "1s" }\n'
+    )
     one = disk(text)
     began = time.perf_counter()
     for number in range(20_000):
@@ -257,4 +313,8 @@ def test_the_engine_takes_a_seed():
         one = many.disk("d", GIB)
         return [ask(one).delay_ns for _ in range(9)]
 
-    assert delays(Engine(scenario("seed = 4\n" + text))) == delays(Engine(scenario(text), seed=4)) != delays(Engine(scenario(text)))
+    assert (
+        delays(Engine(scenario("seed = 4\n" + text)))
+        == delays(Engine(scenario(text), seed=4))
+        != delays(Engine(scenario(text)))
+    )

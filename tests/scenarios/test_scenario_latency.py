@@ -76,6 +76,14 @@ def test_more_luck_never_takes_less_time(u, v, text):
     assert 0 <= low <= high < math.inf
 
 
+@pytest.mark.parametrize(
+    "text", ["pareto(min=1ms, alpha=0.001)", "lognormal(p50=1ms, p501=1h)", "lognormal(p50=1ns, p99=23h)", "exp(mean=1h)"]
+)
+@pytest.mark.parametrize("u", [2.0**-53, 1 - 2.0**-53])
+def test_the_longest_tail_can_be_waited_for(text, u):
+    assert 0 <= at(text, u) <= 2 * 86400 * S
+
+
 def test_parts_are_independent():
     values = sampled("uniform(0s, 1s) + uniform(0s, 1s)")
     assert values[COUNT // 2] == pytest.approx(S, rel=0.02)
@@ -106,7 +114,9 @@ class TestSeek:
         times = [self.seek(part * MIB) for part in range(1, 1025)]
         assert times == sorted(times)
 
-    @pytest.mark.parametrize("text", ["seek(min=1ms, half=4ms, max=10ms)", "seek(min=1ms, half=9.9ms, max=10ms)", "seek(min=5ms, half=4ms, max=6ms)"])
+    @pytest.mark.parametrize(
+        "text", ["seek(min=1ms, half=4ms, max=10ms)", "seek(min=1ms, half=9.9ms, max=10ms)", "seek(min=5ms, half=4ms, max=6ms)"]
+    )
     def test_arms_that_cannot_be(self, text):
         with pytest.raises(ValueError, match="half"):
             parse_latency(text)
@@ -123,7 +133,9 @@ def test_size():
     assert at("1ms + per_KiB(1us)", request=Request("read", 0, MIB)) == MS + 1024 * US
 
 
-@pytest.mark.parametrize("text, mode, value", [("3ms", "set", 3 * MS), (" + 3ms", "add", 3 * MS), ("* 3", "scale", 3), ("* (1 + 2)", "scale", 3)])
+@pytest.mark.parametrize(
+    "text, mode, value", [("3ms", "set", 3 * MS), (" + 3ms", "add", 3 * MS), ("* 3", "scale", 3), ("* (1 + 2)", "scale", 3)]
+)
 def test_delays(text, mode, value):
     delay = parse_delay(text)
     assert delay.mode == mode and delay.latency.sample((), REQUEST, DISK) == value
@@ -183,7 +195,7 @@ def test_the_way_to_write_each_that_errors_show_is_right(name):
     assert 0 <= at(FUNCTIONS[name][0], request=Request("read", MIB, 4096)) < math.inf
 
 
-@given(st.text(alphabet="0123456789.msun%()*+/,:=pdepthxiuform \"", max_size=30))
+@given(st.text(alphabet='0123456789.msun%()*+/,:=pdepthxiuform "', max_size=30))
 @settings(derandomize=True, database=None, max_examples=500, deadline=None)
 def test_nonsense_is_a_value_error(text):
     try:

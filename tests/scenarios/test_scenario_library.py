@@ -104,7 +104,9 @@ def test_a_dying_disk():
     one = many.disk("d", 4 * GIB)
     blocks = range(4 * GIB // 4096)
     bad = [block for block in blocks[::64] if ask(one, "read", 4096 * block, 64 * 4096, at=S).error]
-    assert 1 <= len(bad) < 20 and all(0.25 <= block / len(blocks) + 64 / len(blocks) and block / len(blocks) < 0.4 for block in bad)
+    assert 1 <= len(bad) < 20 and all(
+        0.25 <= block / len(blocks) + 64 / len(blocks) and block / len(blocks) < 0.4 for block in bad
+    )
     moved = sum(bool(ask(one, "write", GIB, at=630 * S).effects) for _ in range(2000))
     assert 5 < moved < 40
     assert ask(one, at=661 * S).disconnect

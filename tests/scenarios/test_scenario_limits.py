@@ -141,7 +141,9 @@ class TestInScenarios:
         assert [ask(one).delay_ns for one in (a, b)] == [0, 100 * MS]
 
     def test_latency_follows_the_depth_of_the_group(self):
-        many = engine('[profile.p]\nlatency.read = "10ms * (1 + depth)"\nlatency.write = "100ms"\nshare = { group = "g", depth = 64 }\n')
+        many = engine(
+            '[profile.p]\nlatency.read = "10ms * (1 + depth)"\nlatency.write = "100ms"\nshare = { group = "g", depth = 64 }\n'
+        )
         a, b = many.disk("a", MIB), many.disk("b", MIB)
         assert ask(a).delay_ns == 10 * MS
         assert ask(b, "write").delay_ns == 100 * MS

@@ -33,8 +33,12 @@ UNKNOWN = [
     ("sed = 7\n", "'sed'", "Did you mean 'seed'?"),
     ("[[rules]]\n", "'rules'", "Did you mean 'rule'?"),
     ('[[rule]]\naction = { dealy = "1ms" }\n', "'dealy'", "Did you mean 'delay'?"),
-    ('[[rule]]\naction = { power-cut = {} }\n', "'power-cut'", "Did you mean 'power_cut'?"),
-    ('[[rule]]\nmatch = { vm = "x" }\naction = { error = "EIO" }\n', "'vm'", "There are: client, fua, op, path, range, size, vdi."),
+    ("[[rule]]\naction = { power-cut = {} }\n", "'power-cut'", "Did you mean 'power_cut'?"),
+    (
+        '[[rule]]\nmatch = { vm = "x" }\naction = { error = "EIO" }\n',
+        "'vm'",
+        "There are: client, fua, op, path, range, size, vdi.",
+    ),
     ('[[rule]]\np = 0.1\naction = { error = "EIO" }\n', "'p'", "'p' belongs into trigger."),
     ('[[rule]]\naction = { error = "EIO", times = 1 }\n', "'times'", "'times' belongs into trigger."),
     ('[[rule]]\ntrigger = { range = "0..1" }\naction = { error = "EIO" }\n', "'range'", "'range' belongs into match."),
@@ -117,6 +121,7 @@ NEVER = [
     ("flush has no range", rule('op = "flush", range = "0..1MiB"'), "Leave range out."),
     ("read has no fua", rule('op = "read", fua = true'), "Leave fua out."),
     ("snapshot has no size", rule('op = "snapshot", size = "4KiB.."'), "Leave size out."),
+    ("tapdisk never send flush", rule('op = "flush", client = "tapdisk"', "", 'delay = "1s"'), "Leave client out."),
     ("no profile has a path 'A'", rule('path = "A"'), "paths ="),
     ("no profile has a path 'C'", PATHS + rule('path = "C"'), "There are A, B."),
     ("can never fire: p is 0", rule(trigger="p = 0"), "between 0 and 1"),
@@ -165,7 +170,11 @@ NEVER = [
     ("above the capacity", '[profile.a]\ncapacity = "1MB"\nlow_water = "1MB"\n', "less"),
     ("no path can be used", '[profile.a]\npaths = { A = "down" }\n', "optimized"),
     ("nothing to share", '[profile.a]\nshare = { group = "g" }\n', "bytes, iops or depth"),
-    ("has other limits elsewhere", '[profile.a]\nvdi = "a"\nshare = { group = "g", iops = 1 }\n[profile.b]\nshare = { group = "g", iops = 2 }\n', "same"),
+    (
+        "has other limits elsewhere",
+        '[profile.a]\nvdi = "a"\nshare = { group = "g", iops = 1 }\n[profile.b]\nshare = { group = "g", iops = 2 }\n',
+        "same",
+    ),
     ("what follows is never reached", "[[phase]]\n[[phase]]\n", "'for' or 'until'"),
     ("it is never repeated", "[[phase]]\nrepeat = 2\n", "'for' or 'until'"),
     ("lasts no time", '[[phase]]\nfor = "0s"\n', "more than 0"),
@@ -189,13 +198,18 @@ def test_the_first_problem_is_shown_and_the_others_are_counted():
 
 
 def test_places_are_named_with_their_line():
-    text = HEAD + '[[rule]]\naction = { error = "EIO" }\n\n[[phase]]\nname = "good"\nfor = "1s"\n[[phase]]\nname = "bad"\n[[phase.rule]]\nname = "r"\n# comment\ntrigger = { p = 7 }\naction = { error = "EIO" }\n'
+    text = (
+        HEAD
+        + '[[rule]]\naction = { error = "EIO" }\n\n[[phase]]\nname = "good"\nfor = "1s"\n[[phase]]\nname = "bad"\n[[phase.rule]]\nname = "r"\n# comment\ntrigger = { p = 7 }\naction = { error = "EIO" }\n'
+    )
     assert refused(text).details["where"] == "phase 2 (bad), rule 1 (r), trigger.p, line 14"
     assert refused(HEAD + '[profile.x]\nlatency.read = "1"\n').details["where"] == "profile.x.latency.read, line 4"
     assert refused(HEAD + 'seed = "x"\n').details["where"] == "seed, line 3"
 
 
-@pytest.mark.parametrize("text, where", [("x = ", "line 1, column 5"), ("[a", "line 1"), ('a = "\n', "line 1"), ("a = 1\na = 2\n", "line 2")])
+@pytest.mark.parametrize(
+    "text, where", [("x = ", "line 1, column 5"), ("[a", "line 1"), ('a = "\n', "line 1"), ("a = 1\na = 2\n", "line 2")]
+)
 def test_not_toml(text, where):
     error = refused(text)
     assert "not TOML" in str(error) and where in error.details["where"] or "end" in error.details["where"]
@@ -207,7 +221,9 @@ def test_defaults():
 
 
 def test_names_are_given():
-    found = scenario('[[rule]]\naction = { error = "EIO" }\n[[phase]]\nfor = "1s"\n[[phase.rule]]\naction = { error = "EIO" }\n[[phase]]\nname = "x"\n[[phase.rule]]\nname = "y"\naction = { error = "EIO" }\n')
+    found = scenario(
+        '[[rule]]\naction = { error = "EIO" }\n[[phase]]\nfor = "1s"\n[[phase.rule]]\naction = { error = "EIO" }\n[[phase]]\nname = "x"\n[[phase.rule]]\nname = "y"\naction = { error = "EIO" }\n'
+    )
     assert [rule.name for rule in found.rule] == ["rule-1"]
     assert [(phase.name, phase.rule[0].name) for phase in found.phase] == [("phase-1", "phase-1/rule-1"), ("x", "y")]
 
@@ -243,7 +259,9 @@ class TestClients:
         assert found == ([] if client == "fuse" else [("error", f"{client} over NBD cannot be told EAGAIN")])
 
     def test_what_a_client_never_sends(self):
-        assert self.found(rule('op = "flush"', "", 'delay = "1s"'), "tapdisk") == [("error", "the rule can never fire: tapdisk never sends flush")]
+        assert self.found(rule('op = "flush"', "", 'delay = "1s"'), "tapdisk") == [
+            ("error", "the rule can never fire: tapdisk never sends flush")
+        ]
         assert self.found(rule('op = ["flush", "read"]', "", 'delay = "1s"'), "tapdisk") == []
         assert self.found(PATHS + rule('path = "A"', "", 'path = "down"'), "tapdisk") == []
 
@@ -270,7 +288,17 @@ class TestSchema:
     def test_unknown_keys_do_not(self, check, text, key, hint):
         assert not check.is_valid(tomllib.loads(HEAD + text))
 
-    @pytest.mark.parametrize("bad", ["simsr = 2\nname = 'x'", "name = 'x'", HEAD + "seed = -1", HEAD + "[[rule]]", HEAD + "[[phase]]\nfor = 3", HEAD + rule('op = "raed"')])
+    @pytest.mark.parametrize(
+        "bad",
+        [
+            "simsr = 2\nname = 'x'",
+            "name = 'x'",
+            HEAD + "seed = -1",
+            HEAD + "[[rule]]",
+            HEAD + "[[phase]]\nfor = 3",
+            HEAD + rule('op = "raed"'),
+        ],
+    )
     def test_wrong_values_do_not(self, check, bad):
         assert not check.is_valid(tomllib.loads(bad))
 
@@ -282,8 +310,16 @@ class TestSchema:
 
 
 values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["1ms", "read", "EIO", "50%", "event:x"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["op", "p", "by", "keep", "nth", "read", "x"]), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["1ms", "read", "EIO", "50%", "event:x"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["op", "p", "by", "keep", "nth", "read", "x"]), inner, max_size=3)
+    ),
     max_leaves=5,
 )
 KEYS = sorted({(table, field.alias or name) for table in TABLES for name, field in table.model_fields.items()}, key=str)
@@ -294,13 +330,29 @@ KEYS = sorted({(table, field.alias or name) for table in TABLES for name, field 
 def test_no_value_anywhere_is_anything_but_taken_or_refused(key, value):
     """What TOML can hold in any place either loads or is a BadScenario: never another exception."""
     table, name = key
-    whole = {"simsr": 1, "name": "x", "rule": [{"action": {"delay": "1ms"}}], "phase": [{"rule": [{"action": {"error": "EIO"}}]}], "profile": {"p": {}}}
+    whole = {
+        "simsr": 1,
+        "name": "x",
+        "rule": [{"action": {"delay": "1ms"}}],
+        "phase": [{"rule": [{"action": {"error": "EIO"}}]}],
+        "profile": {"p": {}},
+    }
     places = {
         "Scenario": whole, "Rule": whole["rule"][0], "Phase": whole["phase"][0], "Profile": whole["profile"]["p"], "Action": whole["rule"][0]["action"],
     }  # fmt: skip
-    inner = {"Match": ("Rule", "match"), "Trigger": ("Rule", "trigger"), "After": ("Phase", "until"), "LatencyTable": ("Profile", "latency")}
+    inner = {
+        "Match": ("Rule", "match"),
+        "Trigger": ("Rule", "trigger"),
+        "After": ("Phase", "until"),
+        "LatencyTable": ("Profile", "latency"),
+    }
     inner |= {"ControlTable": ("Profile", "control"), "Share": ("Profile", "share"), "WhenFull": ("Profile", "when_full")}
-    inner |= {"Torn": ("Action", "torn"), "Misdirect": ("Action", "misdirect"), "PowerCut": ("Action", "power_cut"), "Replay": ("Action", "replay")}
+    inner |= {
+        "Torn": ("Action", "torn"),
+        "Misdirect": ("Action", "misdirect"),
+        "PowerCut": ("Action", "power_cut"),
+        "Replay": ("Action", "replay"),
+    }
     if table.__name__ in inner:
         outer, key_there = inner[table.__name__]
         places[outer][key_there] = {name: value}

@@ -76,7 +76,7 @@ class TestEachFault:
         assert store.read(0, 256, effect("misdirect", 512)) == NEW
 
     def test_stale_read(self, store):
-        store.overlay.keeps_history = True
+        store.overlay.keep_history(True)
         store.write(0, NEW)
         store.write(128, b"M" * 256)
         assert store.read(0, 512, effect("stale")) == OLD[:128] + NEW[:128] + OLD[:128] + OLD[128:]
@@ -84,11 +84,20 @@ class TestEachFault:
 
     def test_history_is_bounded_and_forgets_the_oldest(self, store, monkeypatch):
         monkeypatch.setattr(overlay_module, "HISTORY_BYTES_MAX", 1024)
-        store.overlay.keeps_history = True
+        store.overlay.keep_history(True)
         for number in range(20):
             store.write(256 * number, NEW)
         assert store.overlay._history.size_bytes <= 1024
         assert store.read(0, 256, effect("stale")) == NEW and store.read(256 * 19, 256, effect("stale")) == OLD
+
+    def test_history_ends_with_the_rule_and_with_what_cannot_be_kept(self, store, monkeypatch):
+        store.overlay.keep_history(True)
+        store.write(0, NEW)
+        monkeypatch.setattr(overlay_module, "EFFECT_BYTES_MAX", 100)
+        store.write(0, b"M" * 128)
+        assert store.read(0, 256, effect("stale")) == b"M" * 128 + OLD[128:]
+        store.overlay.keep_history(False)
+        assert store.overlay.is_quiet and store.read(128, 128, effect("stale")) == NEW[:128]
 
     def test_a_good_write_heals(self, store):
         store.write(0, NEW, effect("lose"))
@@ -175,12 +184,11 @@ class TestRevert:
         assert store.read(0, 512) == OLD + OLD, "each has its own from now on"
 
     def test_stale_reads_do_not_look_past_a_revert(self, store):
-        store.overlay.keeps_history = True
+        store.overlay.keep_history(True)
         store.snapshot("s")
         store.write(0, NEW)
         store.revert("s")
         assert store.read(0, 256, effect("stale")) == OLD
-
 
 
 class TestBadBlocks:

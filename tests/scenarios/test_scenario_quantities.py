@@ -53,7 +53,7 @@ def test_right(parse, text, value):
         (parse_burst, "for 5s"), (parse_burst, "200MB for"), (parse_burst, "200MB for 5"),
         (parse_growth, "1.5 per 60s"), (parse_growth, "x0.5 per 60s"), (parse_growth, "x2 per 0s"), (parse_growth, "x2"),
         (parse_range, "2GiB..1GiB"), (parse_range, "..1GiB"), (parse_range, "1..2..3"), (parse_range, "a..b"), (parse_range, "30%..30%"),
-        (parse_range, "200%.."), (parse_range, ""),
+        (parse_range, "200%.."), (parse_range, "100%.."), (parse_range, ""),
     ],
 )  # fmt: skip
 def test_wrong(parse, text):

@@ -84,7 +84,9 @@ class TestWorkload:
         times = [due for due, _ in drain(workload(trace((0, "read", 0, 512)), loop=True), 5)]
         assert times == [0, 1, 2, 3, 4]
 
-    @pytest.mark.parametrize("fit, offsets", [("wrap", [0, 5 * 4096]), ("skip", [0]), ("scale", [0, MIB // 2 + 8 * KIB + 2048])])
+    @pytest.mark.parametrize(
+        "fit, offsets", [("wrap", [0, 5 * 4096]), ("skip", [0]), ("scale", [0, MIB // 2 + 8 * KIB + 2048])]
+    )
     def test_fit(self, fit, offsets):
         records = trace((0, "read", 0, 4096), (1, "read", MIB + 5 * 4096, 4096))
         found = drain(workload(records, MIB, fit=fit, trace_bytes=2 * MIB))
@@ -119,7 +121,9 @@ def timed(*rows):
 
 class TestServiceTimes:
     def test_in_the_order_of_the_trace_for_each_bucket(self):
-        times = ServiceTimes(timed((0, "read", 4096, 1), (1, "write", 4096, 10), (2, "read", 4096, 2), (3, "read", 65536, 100)), loop=False)
+        times = ServiceTimes(
+            timed((0, "read", 4096, 1), (1, "write", 4096, 10), (2, "read", 4096, 2), (3, "read", 65536, 100)), loop=False
+        )
         assert [times.next("read", 4096, 0) for _ in range(3)] == [1, 2, None]
         assert [times.next("write", 4000, 0), times.next("read", 60000, 0)] == [10, 100]
         assert times.statistics()["given"] == 4 and times.statistics()["after_the_end"] == 1
@@ -130,7 +134,15 @@ class TestServiceTimes:
 
     @pytest.mark.parametrize(
         "op, length, expected",
-        [("read", 512, 1), ("read", 1 << 20, 2), ("read", 32768, 2), ("flush", 0, 9), ("zero", 4096, 5), ("trim", 4096, 5), ("extents", 512, 1)],
+        [
+            ("read", 512, 1),
+            ("read", 1 << 20, 2),
+            ("read", 32768, 2),
+            ("flush", 0, 9),
+            ("zero", 4096, 5),
+            ("trim", 4096, 5),
+            ("extents", 512, 1),
+        ],
     )
     def test_the_nearest_bucket(self, op, length, expected):
         times = ServiceTimes(timed((0, "read", 4096, 1), (1, "read", 65536, 2), (2, "write", 4096, 5), (3, "flush", 0, 9)))
@@ -183,8 +195,7 @@ class TestInScenarios:
         assert ask(many.disk("e", GIB), "read").delay_ns == 20_000, "each disk has the trace for itself"
 
     def test_a_distribution_of_a_trace(self):
-        found = scenario('[profile.p]\nlatency.read = \'trace("t.csv", op, size) + 1us\'\n', self.open)
-
+        found = scenario("[profile.p]\nlatency.read = 'trace(\"t.csv\", op, size) + 1us'\n", self.open)
 
         one = Engine(found).disk("d", GIB)
         delays = sorted(ask(one).delay_ns for _ in range(2000))

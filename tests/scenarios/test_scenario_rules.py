@@ -26,7 +26,14 @@ class TestMatch:
 
     @pytest.mark.parametrize(
         "match, names, yes",
-        [("d1", (), True), ("d?", (), True), ("web-*", ("web-1",), True), ("web-*", (), False), ("d", (), False), ('["x", "d1"]', (), True)],
+        [
+            ("d1", (), True),
+            ("d?", (), True),
+            ("web-*", ("web-1",), True),
+            ("web-*", (), False),
+            ("d", (), False),
+            ('["x", "d1"]', (), True),
+        ],
     )
     def test_vdi(self, match, names, yes):
         value = match if match.startswith("[") else f'"{match}"'
@@ -35,7 +42,15 @@ class TestMatch:
 
     @pytest.mark.parametrize(
         "offset, length, yes",
-        [(0, 4096, False), (MIB - 4096, 4096, False), (MIB - 4095, 4096, True), (MIB, 1, True), (2 * MIB - 1, 1, True), (2 * MIB, 1, False), (0, GIB, True)],
+        [
+            (0, 4096, False),
+            (MIB - 4096, 4096, False),
+            (MIB - 4095, 4096, True),
+            (MIB, 1, True),
+            (2 * MIB - 1, 1, True),
+            (2 * MIB, 1, False),
+            (0, GIB, True),
+        ],
     )
     def test_range(self, offset, length, yes):
         one = disk(rule('op = "read", range = "1MiB..2MiB"'))
@@ -47,7 +62,9 @@ class TestMatch:
         one.resize(2 * MIB)
         assert not ask(one, "read", 512 * KIB).rules and ask(one, "read", MIB).rules
 
-    @pytest.mark.parametrize("size, yes", [("4KiB..8KiB", (4096, 8192)), ("4KiB", (4096,)), ("8KiB..", (8192, 16384)), ("0..1", (1,))])
+    @pytest.mark.parametrize(
+        "size, yes", [("4KiB..8KiB", (4096, 8192)), ("4KiB", (4096,)), ("8KiB..", (8192, 16384)), ("0..1", (1,))]
+    )
     def test_size(self, size, yes):
         one = disk(rule(f'op = "read", size = "{size}"'))
         assert tuple(length for length in (1, 512, 4096, 8192, 16384) if ask(one, "read", 0, length).rules) == yes
@@ -117,7 +134,10 @@ class TestTrigger:
 
     def test_after_counts_the_nth_request_in(self):
         one = disk(rule(trigger='after = { op = "write", nth = 3 }'))
-        assert [bool(ask(one, op).rules) for op in ("read", "write", "write", "read", "write", "read")] == [False] * 4 + [True, True]
+        assert [bool(ask(one, op).rules) for op in ("read", "write", "write", "read", "write", "read")] == [False] * 4 + [
+            True,
+            True,
+        ]
 
     def test_after_of_other_disks(self):
         both = engine(rule('vdi = "a"', 'after = { op = "write", nth = 2, vdi = "b*" }'))
@@ -170,10 +190,14 @@ class TestWhoCounts:
 
     def test_a_phase_that_comes_again_counts_anew(self):
         one = disk('[[phase]]\nfor = "1s"\nrepeat = 2\n[[phase.rule]]\ntrigger = { nth = 2 }\naction = { error = "EIO" }\n')
-        assert [bool(ask(one, at=at * S // 4).rules) for at in range(10)] == [False, True, False, False, False, True] + [False] * 4
+        assert [bool(ask(one, at=at * S // 4).rules) for at in range(10)] == [False, True, False, False, False, True] + [
+            False
+        ] * 4
 
     def test_hits_and_matches_are_counted_over_repeats(self):
-        many = engine('[[phase]]\nfor = "1s"\nrepeat = 3\n[[phase.rule]]\nname = "r"\nmatch = { op = "read" }\ntrigger = { every = 2 }\naction = { error = "EIO" }\n')
+        many = engine(
+            '[[phase]]\nfor = "1s"\nrepeat = 3\n[[phase.rule]]\nname = "r"\nmatch = { op = "read" }\ntrigger = { every = 2 }\naction = { error = "EIO" }\n'
+        )
         one = many.disk("d", GIB)
         for at in range(12):
             ask(one, at=at * S // 4)
@@ -218,7 +242,9 @@ def test_the_order_of_tasks_changes_nothing(seeds):
 
 
 def test_a_disk_without_rules_is_not_asked():
-    many = engine('[[phase]]\nfor = "1s"\n[[phase]]\nfor = "1s"\n[[phase.rule]]\nmatch = { vdi = "a" }\naction = { error = "EIO" }\n')
+    many = engine(
+        '[[phase]]\nfor = "1s"\n[[phase]]\nfor = "1s"\n[[phase.rule]]\nmatch = { vdi = "a" }\naction = { error = "EIO" }\n'
+    )
     a, b = many.disk("a", GIB), many.disk("b", GIB)
     assert not a.applies and not b.applies
     many.advance(S)

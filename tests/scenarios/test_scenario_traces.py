@@ -87,7 +87,10 @@ READ, WRITE, FLUSH, SYNC, NOTIFY, DISCARD, FUA = (1 << 16 + bit for bit in (0, 1
 
 
 def blk(time, action, sector=0, length=0, error=0, extra=b"", device=8 << 20 | 16, order="<"):
-    return struct.pack(order + "IIQQIIIIIHH", 0x65617407, 1, time, sector, length, action, 42, device, 0, error, len(extra)) + extra
+    return (
+        struct.pack(order + "IIQQIIIIIHH", 0x65617407, 1, time, sector, length, action, 42, device, 0, error, len(extra))
+        + extra
+    )
 
 
 def blktrace(order="<"):
@@ -112,7 +115,11 @@ def blktrace(order="<"):
 OWN_HEAD = b'simsr-trace 1 {"device_bytes": 1073741824, "block_bytes": 512, "clock": "relative", "anonymised": "none", "device": "d"}\n'
 OWN = OWN_HEAD + b"".join(
     struct.pack("<QQIBBHQQ", *row)
-    for row in [(0, 4096, 512, 0, 0, 0, 250_000, 0), (7, 0, 1024, 1, 1, 28, 90, 3), (9, 0, 0, 2, 0, 0, (1 << 64) - 1, (1 << 64) - 1)]
+    for row in [
+        (0, 4096, 512, 0, 0, 0, 250_000, 0),
+        (7, 0, 1024, 1, 1, 28, 90, 3),
+        (9, 0, 0, 2, 0, 0, (1 << 64) - 1, (1 << 64) - 1),
+    ]
 )
 
 R = Record
@@ -253,13 +260,24 @@ def test_block_traces_without_issues_take_the_queueing():
 
 
 def test_requests_for_the_same_place_complete_in_order():
-    text = "".join(f"8,0 0 {n} 0.00000{n}000 1 D R 8 + 8 [x]\n" for n in (1, 2)) + "".join(f"8,0 0 {n} 0.00000{n}500 0 C R 8 + 8 [0]\n" for n in (3, 5))
+    text = "".join(f"8,0 0 {n} 0.00000{n}000 1 D R 8 + 8 [x]\n" for n in (1, 2)) + "".join(
+        f"8,0 0 {n} 0.00000{n}500 0 C R 8 + 8 [0]\n" for n in (3, 5)
+    )
     assert [record.latency_ns for record in records(text.encode(), "blkparse")] == [2500, 3500]
 
 
 @pytest.mark.skipif(not shutil.which("fio"), reason="fio is not installed")
 def test_a_log_that_fio_wrote(tmp_path):
-    command = ["fio", "--name=x", "--ioengine=sync", "--rw=randrw", "--size=64k", "--bs=4k", "--fsync=4", f"--filename={tmp_path}/data"]
+    command = [
+        "fio",
+        "--name=x",
+        "--ioengine=sync",
+        "--rw=randrw",
+        "--size=64k",
+        "--bs=4k",
+        "--fsync=4",
+        f"--filename={tmp_path}/data",
+    ]
     subprocess.run([*command, f"--write_iolog={tmp_path}/log"], check=True, capture_output=True)
     data = (tmp_path / "log").read_bytes()
     found = records(data, detect(data[:HEAD_BYTES]))
