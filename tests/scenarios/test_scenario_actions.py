@@ -203,6 +203,12 @@ class TestPaths:
         assert [bool(hang) for hang in hangs] == [False, False, True, True, True] * 2
         assert {hang.until_ns // S for hang in hangs if hang} == {5, 10}
 
+    def test_only_the_profile_that_has_the_path(self):
+        text = self.TEXT.replace("[profile.p]", '[profile.p]\nvdi = "a"')
+        text += '[profile.q]\npaths = { X = "optimized" }\n[[rule]]\nmatch = { path = "X" }\naction = { path = "down" }\n'
+        many = engine(text)
+        assert ask(many.disk("a", GIB)).hang is None and ask(many.disk("b", GIB)).hang == Hang("path:q")
+
     def test_up_again(self):
         text = self.TEXT + '[[phase]]\nfor = "1s"\n[[phase.rule]]\nmatch = { path = "A" }\naction = { path = "down" }\n'
         many = engine(text + '[[phase]]\nfor = "1s"\n[[phase.rule]]\nmatch = { path = "A" }\naction = { path = "up" }\n')

@@ -127,6 +127,20 @@ class TestInScenarios:
         assert [ask(one).delay_ns // MS for _ in range(5)] == [10, 10, 20, 20, 30]
         assert ask(one, at=100 * MS).delay_ns == 10 * MS
 
+    def test_depth_of_a_rule(self):
+        one = disk('[[rule]]\nmatch = { op = "read" }\naction = { depth = 1, delay = "10ms" }\n')
+        assert [ask(one).delay_ns // MS for _ in range(3)] == [10, 20, 30]
+        assert ask(one, "write").delay_ns == 0 and ask(one, at=S).delay_ns == 10 * MS
+
+    def test_rate_of_a_rule_with_a_burst(self):
+        one = disk('[[rule]]\naction = { rate = "1MB/s", burst = "2MB" }\n')
+        assert [ask(one, length=1_000_000).delay_ns // MS for _ in range(4)] == [0, 0, 1000, 2000]
+        assert ask(one, "trim", length=1_000_000).delay_ns == 0
+
+    def test_iops_of_a_rule_by_size(self):
+        one = disk('[[rule]]\naction = { iops = 10, iops_size = "4KiB" }\n')
+        assert [ask(one, length=16 << 10).delay_ns // MS for _ in range(2)] == [300, 700]
+
     def test_limits_shared_by_a_group(self):
         many = engine('[profile.p]\nshare = { group = "g", iops = 10 }\n')
         a, b = many.disk("a", MIB), many.disk("b", MIB)
