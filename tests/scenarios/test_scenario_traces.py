@@ -1,6 +1,7 @@
 """Every trace format on a small sample as its tools write it, made here; round trips; and what malformed input is told."""
 
 import io
+import json
 import shutil
 import struct
 import subprocess
@@ -284,6 +285,34 @@ def test_a_log_that_fio_wrote(tmp_path):
     moved = [record for record in found if record.op in ("read", "write")]
     assert sorted(record.offset for record in moved) == list(range(0, 65536, 4096))
     assert any(record.op == "flush" for record in found) and found[-1].issue_ns < 60 * 10**9
+
+
+@pytest.mark.skipif(not shutil.which("fio"), reason="fio is not installed")
+@pytest.mark.parametrize("version", [2, 3])
+def test_fio_takes_our_logs(tmp_path, version):
+    data = tmp_path / "data"
+    data.write_bytes(bytes(1 << 20))
+    found = [Record(number * MS, ("read", "write")[number % 2], number * 8192, 4096, device=str(data)) for number in range(20)]
+    with (tmp_path / "log").open("wb") as out:
+        assert convert([*found, Record(20 * MS, "flush", device=str(data))], f"fio{version}", out).skipped == 0
+    command = ["fio", "--name=x", "--ioengine=sync", f"--read_iolog={tmp_path}/log", "--replay_no_stall=1", "--output-format=json"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path)
+    job = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
+    assert (job["read"]["total_ios"], job["write"]["total_ios"]) == (10, 10)
+
+
+@pytest.mark.skipif(not shutil.which("blkparse"), reason="blkparse is not installed")
+def test_blkparse_and_we_agree(tmp_path):
+    """The real blkparse reads our binary trace, and we read its text: the same requests."""
+    found = [Record(0, "flush", device="8,16"), Record(0, "write", 8192, 4096, 100 * US, device="8,16")]
+    for number in range(1, 20):
+        op = ("read", "write", "flush", "trim")[number % 4]
+        where = (0, 0) if op == "flush" else (number * 4096, 4096)
+        found.append(Record(number * MS, op, *where, 300 * US, 5 if number == 9 else 0, number % 8 == 1, None, "8,16"))
+    with (tmp_path / "t.blktrace.0").open("wb") as out:
+        convert(found, "blktrace", out)
+    done = subprocess.run(["blkparse", "-i", "t"], check=True, capture_output=True, cwd=tmp_path)
+    assert records(done.stdout, detect(done.stdout[:HEAD_BYTES])) == found
 
 
 BAD = [
