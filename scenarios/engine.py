@@ -111,6 +111,11 @@ class Engine:
         self.now = max(self.now, now)
         self.settle()
 
+    @property
+    def has_orders(self) -> bool:
+        """Whether `take_orders` would give any. Cheap enough to look at after every request."""
+        return bool(self._orders)
+
     def take_orders(self) -> list[Order]:
         """What is to be done besides the plans, in order. They are handed out once."""
         orders, self._orders = self._orders, []

@@ -30,6 +30,7 @@ _TOKEN = re.compile(
 )
 _PERCENTILE = re.compile(r"p(\d{1,2}|100)(\d*)")
 _NESTING_MAX = 20
+_TEXT_MAX = 1000  # a long sum is called in depth
 _NUMBERS = ("alpha", "rpm")  # arguments that are not times
 
 
@@ -80,7 +81,9 @@ def parse_latency(text: str, traces: Traces | None = None, is_time: bool = True)
 
 class _Parser:
     def __init__(self, text: str, traces: Traces | None) -> None:
-        self._text, self._traces = text, traces
+        self._text, self._traces = text[:_TEXT_MAX], traces
+        if len(text) > _TEXT_MAX:
+            self._fail(f"longer than {_TEXT_MAX} characters")
         self._tokens = list(self._split())
         self._at = self._nesting = 0
         self.draws = 0

@@ -39,6 +39,8 @@ def load(text: str, source: str = "text", traces: Traces | None = None) -> Scena
     except tomllib.TOMLDecodeError as error:
         reason, _, place = str(error).rpartition(" (at ")
         raise BadScenario(source=source, where=place.rstrip(")") or "the end", reason=f"not TOML: {reason}") from None
+    except (ValueError, RecursionError) as error:  # numbers with thousands of digits, lists in lists in lists
+        raise BadScenario(source=source, where="its text", reason=f"cannot be read: {error}") from None
     try:
         scenario = name_all(Scenario.model_validate(_with_bases(data, source, text), context={"traces": traces}))
     except ValidationError as error:

@@ -32,7 +32,7 @@ class Table(BaseModel):
     def _known_keys(cls, data: Any) -> Any:
         if isinstance(data, dict):
             names = {field.alias or name for name, field in cls.model_fields.items()}
-            for key in data.keys() - names:
+            for key in (key for key in data if key not in names):
                 raise PydanticCustomError(
                     "unknown_key", "the key {key} is not known", {"key": repr(key), "hint": _hint(str(key), names, cls)}
                 )

@@ -10,7 +10,7 @@ __all__ = ["closest", "did_you_mean"]
 
 def closest(word: str, words: Iterable[str]) -> str | None:
     """The one of ``words`` that is most like ``word``, if any is."""
-    plain = {_plain(known): known for known in words}
+    plain = {_plain(known): known for known in sorted(words)}
     near = get_close_matches(_plain(word), plain, 1, 0.6)
     return plain[near[0]] if near else None
 

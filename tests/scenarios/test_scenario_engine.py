@@ -40,8 +40,8 @@ class TestPhases:
         many = engine(PHASES)
         assert many.next_change_ns == 10 * S
         many.advance(19 * S)
-        assert many.phase == "two" and many.next_change_ns == 20 * S
-        assert [at for _, at, _ in orders(many)] == [0, 10, 15]
+        assert many.phase == "two" and many.next_change_ns == 20 * S and many.has_orders
+        assert [at for _, at, _ in orders(many)] == [0, 10, 15] and not many.has_orders
 
     def test_by_count(self):
         many = engine(PHASES)

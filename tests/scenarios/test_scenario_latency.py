@@ -181,7 +181,14 @@ def test_traces_are_asked_for():
 def test_what_is_wrong_is_said(text, says):
     with pytest.raises(ValueError) as caught:
         parse_latency(text)
-    assert says in str(caught.value) and repr(text) in str(caught.value)
+    assert says in str(caught.value) and repr(text[:1000]) in str(caught.value)
+
+
+def test_sums_have_an_end():
+    with pytest.raises(ValueError, match="longer than 1000"):
+        parse_latency("per_KiB(1us)" + " + per_KiB(1us)" * 80)
+    deep = SimpleNamespace(**{**vars(DISK), "depth": 2})
+    assert at("1ms * (depth" + "+depth" * 149 + ")", disk=deep) == 300 * MS
 
 
 @pytest.mark.parametrize("text", ["* 3ms", "+ 3", "*", "+", "* exp(mean=1ms)"])

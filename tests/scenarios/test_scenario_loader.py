@@ -221,6 +221,19 @@ def test_not_toml(text, where):
     assert "not TOML" in str(error) and where in error.details["where"] or "end" in error.details["where"]
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["seed = " + "9" * 5000, "x = " + "[" * 5000, "seed = " + "[" * 300 + "]" * 300, "x = 2024-99-99", "\0", "x = '\ud800'"],
+    ids=range(6),
+)
+def test_texts_made_to_break_the_reader(text):
+    assert refused(HEAD + text).details["reason"]
+
+
+def test_of_several_unknown_keys_the_first_is_named():
+    assert "'zz'" in str(refused(HEAD + "zz = 1\naa = 1\nmm = 1\n"))
+
+
 def test_defaults():
     found = scenario()
     assert found.seed == 0 and found.error_as == "error" and not found.rule and not found.phase

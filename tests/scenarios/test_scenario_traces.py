@@ -295,7 +295,14 @@ def test_fio_takes_our_logs(tmp_path, version):
     found = [Record(number * MS, ("read", "write")[number % 2], number * 8192, 4096, device=str(data)) for number in range(20)]
     with (tmp_path / "log").open("wb") as out:
         assert convert([*found, Record(20 * MS, "flush", device=str(data))], f"fio{version}", out).skipped == 0
-    command = ["fio", "--name=x", "--ioengine=sync", f"--read_iolog={tmp_path}/log", "--replay_no_stall=1", "--output-format=json"]
+    command = [
+        "fio",
+        "--name=x",
+        "--ioengine=sync",
+        f"--read_iolog={tmp_path}/log",
+        "--replay_no_stall=1",
+        "--output-format=json",
+    ]
     done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path)
     job = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
     assert (job["read"]["total_ios"], job["write"]["total_ios"]) == (10, 10)
