@@ -81,9 +81,10 @@ class LiveRule:
 
     @property
     def times(self) -> int | None:
-        """A command is carried out once, unless the trigger says otherwise."""
+        """A rule with a command that requests fire does so once, unless the trigger says otherwise."""
         trigger = self.spec.trigger
-        return trigger.times or (1 if self.commands and not (trigger.nth or trigger.every) else None)
+        waits = self.commands and not self.is_standing
+        return trigger.times or (1 if waits and not (trigger.nth or trigger.every) else None)
 
 
 class BoundRule:
@@ -93,7 +94,7 @@ class BoundRule:
         spec = rule.spec
         match, trigger = spec.match, spec.trigger
         self.rule, self._disk, self.op, self.disk_key = rule, disk, op, disk.key
-        self._counters = rule.shared if op in CONTROL_OPS or rule.commands else counters
+        self._counters = rule.shared if op in CONTROL_OPS or rule.commands and not rule.is_standing else counters
         self._area = match.range.bytes_of(disk.size_bytes) if match.range else None
         self._size, self._fua, self._path, self._client = match.size, match.fua, match.path, match.client
         self._selective = any(part is not None for part in (self._area, self._size, self._fua, self._path)) or bool(

@@ -203,6 +203,21 @@ class TestPaths:
         assert [bool(hang) for hang in hangs] == [False, False, True, True, True] * 2
         assert {hang.until_ns // S for hang in hangs if hang} == {5, 10}
 
+    def test_a_command_at_the_beginning_with_a_fate_for_all_that_follows(self):
+        many = engine(
+            self.TEXT
+            + '[[phase]]\nfor = "9s"\n[[phase.rule]]\nmatch = { path = "A" }\naction = { path = "up", delay = "+ 5ms" }\n'
+        )
+        one = many.disk("d", GIB)
+        assert [ask(one).delay_ns // MS for _ in range(4)] == [6, 6, 6, 6]
+        assert many.statistics()["rules"][0]["hits"] == 5
+
+    def test_a_command_that_requests_fire_comes_once(self):
+        many = engine(rule('op = "open"', "", 'event = "opened", delay = "1ms"'))
+        one = many.disk("d", GIB)
+        assert [ask(one, "open").delay_ns // MS for _ in range(3)] == [1, 0, 0]
+        assert [kind for kind, _, _ in orders(many)] == ["event"]
+
     def test_only_the_profile_that_has_the_path(self):
         text = self.TEXT.replace("[profile.p]", '[profile.p]\nvdi = "a"')
         text += '[profile.q]\npaths = { X = "optimized" }\n[[rule]]\nmatch = { path = "X" }\naction = { path = "down" }\n'
