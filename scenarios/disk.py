@@ -231,26 +231,26 @@ class DiskRules:
         for limit in entry.limits:
             if limit.buckets:
                 start = max(start, limit.admit(request.length if entry.moves else 0, now))
+        if entry.is_plain:
+            plan = _plain_plan(entry.queues, latency, start, now)
+        else:
+            plan = self._decide(entry, request, number, now, latency, start)
         if entry.moves:
             self.head_bytes = request.offset + request.length
-        if not entry.is_plain:
-            return self._decide(entry, Outcome(request, self, number, now, latency, start))
-        for queue in entry.queues:
-            start = queue.start(start)
-        done = start + int(latency)
-        for queue in entry.queues:
-            queue.finish(done)
-        return _make_plan(Plan, (done - now, 0, None, False, (), ()))
+        return plan
 
-    def _decide(self, entry: _Entry, outcome: Outcome) -> Plan:
-        engine, request, number, now = self._engine, outcome.request, outcome.number, outcome.now
+    def _decide(self, entry: _Entry, request: Request, number: int, now: int, latency: float, start: int) -> Plan:
+        """With rules and all else that is not plain. The outcome is made when there is something to put into it."""
+        engine = self._engine
         engine.now = now
+        outcome: Outcome | None = None
         for moment in entry.moments:
             moment.count(self.names, now)
         path = request.path
         if entry.paths is not None:
             route, until_ns = entry.paths.route(request.path, now)
             if route is None:
+                outcome = Outcome(request, self, number, now, latency, start)
                 outcome.hang = Hang(f"path:{engine.profile_name(self)}", until_ns)
             path = route or ""
         goto = None
@@ -258,6 +258,8 @@ class DiskRules:
             hit = engine.replayed_hit(rule, number) if engine.replays_decisions else rule.fires(request, number, now, path)
             if hit is None:
                 continue
+            if outcome is None:
+                outcome = Outcome(request, self, number, now, latency, start)
             for step in steps:
                 step(outcome, hit)
             outcome.rules.append(rule.rule.name)
@@ -267,9 +269,11 @@ class DiskRules:
                 engine.command(rule.rule, now, self, number)
         if goto:
             self.state = goto
-        if entry.pool is not None and outcome.hang is None and not outcome.error and not outcome.disconnect:
-            self._ask_pool(entry.pool, outcome)
-        plan = outcome.plan(entry.queues)
+        if entry.pool is not None:
+            outcome = outcome or Outcome(request, self, number, now, latency, start)
+            if outcome.hang is None and not outcome.error and not outcome.disconnect:
+                self._ask_pool(entry.pool, outcome)
+        plan = outcome.plan(entry.queues) if outcome else _plain_plan(entry.queues, latency, start, now)
         if engine.is_off(self):
             plan = Plan(disconnect=True, rules=plan.rules)
         engine.settle()
@@ -294,3 +298,13 @@ class DiskRules:
 
 
 _make_plan = tuple.__new__
+
+
+def _plain_plan(queues: list[Depth], latency: float, start: int, now: int) -> Plan:
+    """Only a delay; the request takes its place in the queues."""
+    for queue in queues:
+        start = queue.start(start)
+    done = start + int(latency)
+    for queue in queues:
+        queue.finish(done)
+    return _make_plan(Plan, (done - now, 0, None, False, (), ()))

@@ -38,6 +38,11 @@ class TestLatency:
         )
         assert [ask(one, at=at * S).delay_ns for at in range(3)] == [MS, S, MS]
 
+    def test_a_rule_with_an_arm_sees_where_the_last_request_ended(self):
+        one = disk('[[rule]]\naction = { delay = "seek(min=1ms, half=6ms, max=10ms)" }\n')
+        assert [ask(one, "read", at, 4096).delay_ns for at in (0, 4096)] == [0, 0]
+        assert ask(one, "read", 8192 + GIB // 2, 4096).delay_ns == 6 * MS
+
     def test_drain(self):
         one = disk(PROFILE + rule(action='drain = "5s"'))
         assert [ask(one, op).delay_ns // MS for op in ("close", "detach", "read")] == [5010, 5000, 10]
