@@ -37,6 +37,8 @@ __all__ = [
     "StoreStopped",
     "BlockDamaged",
     "DaemonUnreachable",
+    "BadScenario",
+    "BadTrace",
 ]
 
 
@@ -272,3 +274,20 @@ class DaemonUnreachable(SimsrError):
     xenapi_code = "SR_BACKEND_FAILURE_47"
     http_status = 503
     hint = "Start it with 'simsrd --root DIR', or name its socket in SIMSR_SOCKET."
+
+
+class BadScenario(BadRequest):
+    """scenario {source}, {where}: {reason}"""
+
+    exit_code = 40
+
+    def __init__(self, hint: str = "", **details: object) -> None:
+        super().__init__(**details)
+        self.hint = hint or self.hint
+
+
+class BadTrace(BadRequest):
+    """trace {source}, {where}: {reason}"""
+
+    exit_code = 41
+    hint = "Name the right format, or repair or cut the trace there."
