@@ -12,6 +12,7 @@ from simsr.cli.client import DEFAULT_SOCKET, Client, Session, checked_text
 from simsr.cli.disks import Name, Sr, Vdi, clone, revert, snapshot, vdi_commands
 from simsr.cli.repositories import sr_commands
 from simsr.cli.xapi import xapi_commands
+from simsr.cli.xe import XE_CONTEXT, xe
 from simsr.units import parse_size
 
 __all__ = ["app"]
@@ -42,6 +43,7 @@ app.add_typer(xapi_commands, name="xapi")
 app.command("snapshot")(snapshot)
 app.command("clone")(clone)
 app.command("revert")(revert)
+app.command("xe", options_metavar="[--xapi PATH] COMMAND [KEY=VALUE]...", context_settings=XE_CONTEXT)(xe)
 
 Format = Annotated[Optional[str], typer.Option("--format", metavar="FORMAT", help="As qemu-img names it: raw, qcow2, vpc, ...")]
 
