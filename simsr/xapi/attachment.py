@@ -1,12 +1,14 @@
 """Attaching and detaching: what happens below a VBD, for VM.start, VBD.plug and their opposites.
 
-Theory. A VDI is attached to the host once, however many VBDs of live VMs use it; the first one attaches and activates, the last one
-deactivates and detaches. ``currently_attached`` alone does not say that there is an attachment: a suspended VM keeps it set for its
-resume, and the VBDs of a checkpoint for theirs. So `users` counts VBDs of live VMs only.
+Theory. A VDI is attached to the host once, however many VBDs use it; the first one attaches and activates, the last one deactivates
+and detaches. ``currently_attached`` does not say that there is an attachment: a suspended VM keeps it set for its resume, and the
+VBDs of a checkpoint for theirs. ``storage_lock`` says it here: set before the plug-in is asked to attach, cleared when it has
+detached. So after a crash `settle` finds every attachment that should not be.
 """
 
 from __future__ import annotations
 
+import logging
 import uuid as uuid_module
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,25 +17,23 @@ from typing import TYPE_CHECKING
 from simsr.xapi import smapiv1
 from simsr.xapi.checks import features_of
 from simsr.xapi.database import Database
-from simsr.xapi.failure import XenError
+from simsr.xapi.failure import Unimplemented, XenError
 from simsr.xapi.schema import NULL
 from simsr.xapi.storage import vdi_command
 
 if TYPE_CHECKING:
     from simsr.xapi.model import Call
 
-__all__ = ["attach", "detach", "borrowed", "users", "epoch"]
+__all__ = ["attach", "detach", "borrowed", "settle", "users", "epoch"]
+
+log = logging.getLogger("simsr.xapi")
+
+_BORROWED = {"borrowed": "for a copy"}
 
 
 def users(db: Database, vdi: str, *, but: str = "") -> list[str]:
-    """Return the VBDs other than ``but`` through which a live VM uses the VDI."""
-    found = []
-    for vbd in db.pointing("VDI", "VBDs", vdi):
-        row = db.get("VBD", vbd)
-        live = db.has("VM", row["VM"]) and db.get("VM", row["VM"])["power_state"] in ("Running", "Paused")
-        if vbd != but and row["storage_lock"] and live:
-            found.append(vbd)
-    return found
+    """Return the VBDs other than ``but`` through which the VDI is attached."""
+    return [vbd for vbd in db.pointing("VDI", "VBDs", vdi) if vbd != but and db.get("VBD", vbd)["storage_lock"]]
 
 
 async def epoch(call: Call, vdi: str, which: str) -> None:
@@ -91,7 +91,7 @@ async def borrowed(call: Call, vdi: str, *, writable: bool) -> AsyncIterator[str
     """Attach the VDI to the control domain for a while, through a VBD as xapi does; yields where its data is."""
     db = call.db
     domain = db.get("host", call.host)["control_domain"]
-    vbd = db.create("VBD", VM=domain, VDI=vdi, mode="RW" if writable else "RO", userdevice="autodetect")
+    vbd = db.create("VBD", VM=domain, VDI=vdi, mode="RW" if writable else "RO", userdevice="autodetect", other_config=_BORROWED)
     try:
         await attach(call, vbd)
         try:
@@ -101,6 +101,24 @@ async def borrowed(call: Call, vdi: str, *, writable: bool) -> AsyncIterator[str
     finally:
         if db.has("VBD", vbd):
             db.delete("VBD", vbd)
+
+
+async def settle(call: Call) -> None:
+    """Undo the attachments that a killed server left half made: begun, of VMs that do not run, or borrowed."""
+    db = call.db
+    for vbd, row in db.all("VBD").items():
+        vm = db.get("VM", row["VM"]) if db.has("VM", row["VM"]) else None
+        state = vm["power_state"] if vm else "Halted"
+        is_borrowed = row["other_config"] == _BORROWED
+        if not row["storage_lock"] or row["currently_attached"] and state in ("Running", "Paused") and not is_borrowed:
+            continue
+        try:
+            await detach(call, vbd, keep_flag=state == "Suspended")
+        except (XenError, Unimplemented) as error:
+            log.error("VBD %s was left half attached and stays so: %s", row["uuid"], error)
+        else:
+            if is_borrowed:
+                db.delete("VBD", vbd)
 
 
 def _place(properties: dict[str, str]) -> str:
@@ -123,7 +141,7 @@ async def _attach_vdi(call: Call, vdi: str, *, writable: bool) -> smapiv1.Attach
     if "VDI_ACTIVATE" in features_of(db, db.get("VDI", vdi)["SR"]):
         try:
             smapiv1.unit(await vdi_command(call, vdi, "vdi_activate", [word]))
-        except XenError:
+        except (XenError, Unimplemented):
             await vdi_command(call, vdi, "vdi_detach")
             raise
     if writable:

@@ -16,7 +16,7 @@ from typing import Any
 
 import trio
 
-from simsr.xapi import events, generic, host, messages, pbd, sessions, sr, tasks, vbd, vdi, vdi_copy, vm, vm_clone, vm_power
+from simsr.xapi import attachment, events, generic, host, messages, pbd, sessions, sr, tasks, vbd, vdi, vdi_copy, vm, vm_clone, vm_power
 from simsr.xapi import vm_revert, vm_snapshot
 from simsr.xapi.database import Database, new_ref
 from simsr.xapi.failure import Unimplemented, XenError, internal_error
@@ -115,7 +115,9 @@ class Model:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 await self.drivers.query_all()
+                # Plug-ins ask this server about the VDIs they work on, so it must be answering before the next step.
                 task_status.started()
+                await attachment.settle(self.internal_call())
                 await self._housekeeping()
         finally:
             self.db.close()

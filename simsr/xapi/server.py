@@ -44,8 +44,7 @@ def make_app(model: Model) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
         if scope["type"] != "http":
             return
         try:
-            content_type, body = await _respond(model, scope, receive)
-            status = 200
+            status, content_type, body = await _respond(model, scope, receive)
         except _Refused as refusal:
             status, content_type, body = refusal.status, "text/plain", f"{refusal.text}\n".encode()
         except _Gone:
@@ -69,7 +68,7 @@ async def _lifespan(receive: Receive, send: Send) -> None:
             return
 
 
-async def _respond(model: Model, scope: Scope, receive: Receive) -> tuple[str, bytes]:
+async def _respond(model: Model, scope: Scope, receive: Receive) -> tuple[int, str, bytes]:
     if scope["path"] not in ("/", "/RPC2", "/jsonrpc", "/xmlrpc"):
         raise _Refused(404, "POST XML-RPC to / or JSON-RPC to /jsonrpc")
     if scope["method"] != "POST":
@@ -78,7 +77,7 @@ async def _respond(model: Model, scope: Scope, receive: Receive) -> tuple[str, b
     # hypercorn gives no port to the server's end of a unix socket.
     is_local = scope.get("server") is None or scope["server"][1] is None
     answer = _json if scope["path"] == "/jsonrpc" else _xml
-    result: list[tuple[str, bytes]] = []
+    result: list[tuple[int, str, bytes]] = []
     async with trio.open_nursery() as nursery:
 
         async def watch() -> None:
@@ -110,25 +109,24 @@ async def _read_body(scope: Scope, receive: Receive) -> bytes:
             return bytes(body)
 
 
-async def _xml(model: Model, body: bytes, is_local: bool) -> tuple[str, bytes]:
+async def _xml(model: Model, body: bytes, is_local: bool) -> tuple[int, str, bytes]:
     try:
         name, arguments = wire.read_call(body)
-    except wire.Malformed as error:
-        return "text/xml", wire.write_fault(400, str(error))
-    try:
         value = await model.answer(name, arguments, is_local=is_local)
+    except wire.Malformed as error:
+        return 200, "text/xml", wire.write_fault(400, str(error))
     except XenError as error:
-        return "text/xml", wire.write_failure(error.description)
-    return "text/xml", wire.write_success(value)
+        return 200, "text/xml", wire.write_failure(error.description)
+    return 200, "text/xml", wire.write_success(value)
 
 
-async def _json(model: Model, body: bytes, is_local: bool) -> tuple[str, bytes]:
+async def _json(model: Model, body: bytes, is_local: bool) -> tuple[int, str, bytes]:
     try:
         name, arguments, request_id, version_2 = wire.read_json(body)
     except wire.Malformed as error:
-        raise _Refused(400, str(error)) from None
+        return 400, "text/plain", f"{error}\n".encode()
     try:
         value = await model.answer(name, arguments, is_local=is_local)
     except XenError as error:
-        return "application/json", wire.json_reply(request_id, version_2, failure=error.description)
-    return "application/json", wire.json_reply(request_id, version_2, result=value)
+        return 200, "application/json", wire.json_reply(request_id, version_2, failure=error.description)
+    return 200, "application/json", wire.json_reply(request_id, version_2, result=value)

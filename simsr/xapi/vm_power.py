@@ -16,7 +16,6 @@ from simsr.xapi.locks import operations
 from simsr.xapi.registry import method
 from simsr.xapi.schema import NULL, now
 from simsr.xapi.vdi import create_vdi, destroy
-from simsr.xapi.vm_checks import require_power_state
 
 if TYPE_CHECKING:
     from simsr.xapi.model import Call
@@ -42,10 +41,8 @@ def _disks(db: Database, vbds: list[str]) -> list[str]:
 
 
 async def _attach_all(call: Call, vm: str, vbds: list[str], *, begin_epoch: bool) -> None:
-    """Attach these VBDs, all or none. The VM counts as live for the time, or its VBDs would not count as users."""
+    """Attach these VBDs, all or none."""
     db = call.db
-    before = db.get("VM", vm)["power_state"]
-    db.set("VM", vm, power_state="Paused")
     done: list[str] = []
     try:
         if begin_epoch:
@@ -57,8 +54,7 @@ async def _attach_all(call: Call, vm: str, vbds: list[str], *, begin_epoch: bool
             done.append(vbd)
     except (XenError, Unimplemented):
         for vbd in reversed(done):
-            await _detach_quietly(call, vbd, keep_flag=before == "Suspended")
-        db.set("VM", vm, power_state=before)
+            await _detach_quietly(call, vbd, keep_flag=db.get("VM", vm)["power_state"] == "Suspended")
         raise
 
 
@@ -185,7 +181,6 @@ async def suspend(call: Call, vm: str) -> None:
 @method("VM.resume", "vm VM ref; start_paused bool; force bool")
 async def resume(call: Call, vm: str, paused: bool, force: bool) -> None:
     async with operations(call, ("VM", vm, "resume")):
-        require_power_state(call.db, vm, "Suspended")
         await resume_vm(call, vm, paused=paused)
 
 

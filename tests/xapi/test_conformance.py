@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from xapi_kit import MIB, NULL
 
 
 def test_login_records_and_event_loop(upstream):
@@ -73,3 +72,15 @@ def test_what_the_feature_changes(upstream, feature):
         assert x.VDI.get_snapshot_of(copy["VDI"]) == vbd["VDI"]
     messages = [message["body"] for message in x.message.get_all_records().values() if message["obj_uuid"] == x.VM.get_uuid(vm)]
     assert messages == [f"VM 'feature' (uuid: {x.VM.get_uuid(vm)}) reverted to snapshot: one (uuid {x.VM.get_uuid(snapshot)})"]
+
+
+def test_concurrent_revert_and_scan(upstream):
+    x = upstream.x
+    sr = upstream.sr("scanned")
+    disks = (upstream.vdi(sr), upstream.vdi(sr))
+    vm = upstream.vm("scanned", disks)
+    snapshot = x.VM.snapshot(vm, "s")
+    known = set(x.SR.get_VDIs(sr))
+    tasks = [call(argument) for _ in range(3) for call, argument in ((x.Async.VM.revert, snapshot), (x.Async.SR.scan, sr))]
+    assert [upstream.wait_task(task)["error_info"] for task in tasks] == [[]] * 6
+    assert set(x.SR.get_VDIs(sr)) == known and {vbd["VDI"] for vbd in upstream.vbds(vm).values()} == set(disks)

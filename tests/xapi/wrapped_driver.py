@@ -45,6 +45,7 @@ if isinstance(step, dict):
     sys.stdout.write("said before")
     sys.stderr.write("complained before")
     sys.stdout.flush()
+    sys.stderr.flush()
     if "signal" in step:
         os.kill(os.getpid(), step["signal"])
     sys.exit(step["exit"])
