@@ -191,7 +191,8 @@ def allowed(db: Database, cls: str, ref: str) -> list[str]:
     if cls == "VBD":
         return _allowed_vbd(db, ref)
     if cls == "VM":
-        return [name for name in ENUMS["vm_operations"].split() if vm_error(db, ref, name) is None]
+        names = set(ENUMS["vm_operations"].split()) - {"reverting", "snapshot_with_quiesce"}
+        return [name for name in sorted(names) if vm_error(db, ref, name) is None]
     return []
 
 

@@ -11,7 +11,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import trio
@@ -57,6 +57,7 @@ class Call:
     session: str
     task: str
     is_local: bool
+    cancellable: bool = True
 
     @property
     def db(self) -> Database:
@@ -75,13 +76,18 @@ class Call:
 
     def not_cancellable(self) -> None:
         """Finish from here on, whoever asks to cancel."""
+        self.cancellable = False
         if self.db.has("task", self.task):
             self.db.set("task", self.task, allowed_operations=[])
 
     def check_cancelled(self) -> None:
         """Raise TASK_CANCELLED if somebody cancelled the task."""
-        if self.db.has("task", self.task) and self.db.get("task", self.task)["status"] == "cancelling":
+        if self.cancellable and self.db.has("task", self.task) and self.db.get("task", self.task)["status"] == "cancelling":
             raise XenError("TASK_CANCELLED", self.task)
+
+    def for_clearing_up(self) -> Call:
+        """Return this call as one that cancelling does not reach: what undoes half of an operation must get through."""
+        return replace(self, cancellable=False)
 
     async def wait_for_change(self) -> None:
         """Return when something in the database has changed, which includes the state of this task."""
@@ -126,6 +132,7 @@ class Model:
         while True:
             await trio.sleep(HOUSEKEEPING_S)
             self.sessions.expire()
+            self.registrations = {session: kept for session, kept in self.registrations.items() if self.db.has("session", session)}
             tasks.collect_garbage(self.db)
             await sr.scan_automatically(self.internal_call())
 

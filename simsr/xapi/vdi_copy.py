@@ -44,7 +44,7 @@ async def copy(call: Call, vdi: str, sr: str, base_vdi: str, into_vdi: str) -> s
         except BaseException:
             if into_vdi == NULL:
                 with trio.CancelScope(shield=True):
-                    await destroy(call, target)
+                    await destroy(call.for_clearing_up(), target)
             raise
     call.progress(1.0)
     return target

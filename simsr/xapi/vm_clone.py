@@ -49,7 +49,7 @@ async def destroy_disks(call: Call, disks: list[str]) -> None:
     """Destroy VDIs that were made in vain; one that cannot be is logged and stays."""
     for disk in disks:
         try:
-            await vdi.destroy(call, disk)
+            await vdi.destroy(call.for_clearing_up(), disk)
         except (XenError, Unimplemented) as error:
             log.error("VDI %s is left over: %s", disk, error)
 

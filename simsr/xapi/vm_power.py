@@ -155,9 +155,25 @@ async def suspend_vm(call: Call, vm: str) -> None:
         call, SR=_suspend_sr(call, vm), virtual_size=size, type="suspend", name_label="Suspend image",
         name_description=f"Suspend image of VM {row['uuid']}",
     )  # fmt: skip
-    for vbd in vbds_in_order(db, vm):
-        await attachment.detach(call, vbd, keep_flag=db.get("VBD", vbd)["currently_attached"])
+    vbds = [vbd for vbd in vbds_in_order(db, vm) if db.get("VBD", vbd)["currently_attached"]]
+    try:
+        for vbd in vbds:
+            await attachment.detach(call, vbd, keep_flag=True)
+    except (XenError, Unimplemented):
+        await _attach_again(call, vbds, image)
+        raise
     db.set("VM", vm, power_state="Suspended", suspend_VDI=image, resident_on=NULL, domid=0)
+
+
+async def _attach_again(call: Call, vbds: list[str], image: str) -> None:
+    """Undo a suspend that failed, as far as the storage lets us."""
+    try:
+        for vbd in vbds:
+            if not call.db.get("VBD", vbd)["storage_lock"]:
+                await attachment.attach(call, vbd)
+        await destroy(call.for_clearing_up(), image)
+    except (XenError, Unimplemented) as error:
+        log.error("a suspend that failed could not be undone: %s", error)
 
 
 async def resume_vm(call: Call, vm: str, *, paused: bool) -> None:

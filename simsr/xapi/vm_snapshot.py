@@ -83,4 +83,4 @@ async def checkpoint(call: Call, vm: str, new_name: str) -> str:
         try:
             return await _snapshot(call, vm, new_name, state, with_memory=True)
         finally:
-            await resume_vm(call, vm, paused=state == "Paused")
+            await resume_vm(call.for_clearing_up(), vm, paused=state == "Paused")

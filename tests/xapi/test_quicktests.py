@@ -272,6 +272,20 @@ def test_start_that_fails_half_way_attaches_nothing(wrapped_world, plan):
     x.VM.hard_shutdown(vm)
 
 
+def test_suspend_that_fails_half_way_leaves_the_vm_running(wrapped_world, plan):
+    world, x = wrapped_world, wrapped_world.x
+    sr = world.sr("suspend fails", "odd")
+    disks = (world.vdi(sr), world.vdi(sr))
+    vm = world.vm("suspend fails", disks)
+    x.pool.set_suspend_image_SR(x.pool.get_all()[0], sr)
+    x.VM.start(vm, False, False)
+    plan.set(vdi_detach=[None, 46])
+    assert failure(x.VM.checkpoint, vm, "c")[0] == "SR_BACKEND_FAILURE_46"
+    assert x.VM.get_power_state(vm) == "Running" and set(x.SR.get_VDIs(sr)) == set(disks)
+    assert all(vbd["currently_attached"] and vbd["storage_lock"] for vbd in world.vbds(vm).values())
+    x.VM.hard_shutdown(vm)
+
+
 def test_snapshots_cannot_run_and_outlive_their_vm(upstream, native_sr):
     x = upstream.x
     vm = upstream.vm("tree", (upstream.vdi(native_sr),))

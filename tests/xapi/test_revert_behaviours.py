@@ -10,9 +10,10 @@ import time
 
 import pytest
 import XenAPI
-from xapi_kit import MIB, NULL, failure
+from xapi_kit import MIB, NULL, SIMSR_PLUGIN, failure
 
 from simsr.cli.child_daemon import ChildDaemon
+from simsr.xapi import smapiv1
 
 
 def checksum(world, vdi: str) -> str:
@@ -182,6 +183,23 @@ def test_the_target_is_named_by_reference_and_the_snapshot_by_ref_uuid_and_locat
     for name, value in (("vdi_ref", snapshot), ("vdi_uuid", uuid), ("vdi_location", uuid), ("vdi_on_boot", "persist")):
         assert f"<member><name>{name}</name><value>{value}</value></member>" in call["request"]
     assert "driver_params" not in call["request"]
+
+
+@pytest.mark.parametrize("form", ["ref", "uuid"])
+def test_target_as_ref_and_as_uuid_has_the_same_effect(wrapped_world, plan, form):
+    """What an older xapi would have sent: the request that was sent, with the uuid in the place of the reference."""
+    world, x = wrapped_world, wrapped_world.x
+    disk = world.vdi(world.sr(f"form {form}", "odd"))
+    world.fill(disk, 0x11)
+    snapshot = x.VDI.snapshot(disk, {})
+    plan.forget_calls()
+    x.VDI.revert(snapshot)
+    [call] = [call for call in plan.calls() if call["command"] == "vdi_revert"]
+    world.fill(disk, 0x22)
+    request = call["request"] if form == "ref" else call["request"].replace(disk, world.uuid(disk))
+    done = subprocess.run([str(SIMSR_PLUGIN), request], env=smapiv1.ENVIRONMENT, stdin=subprocess.DEVNULL, capture_output=True, check=True)
+    smapiv1.unit(smapiv1.read_answer(done.stdout))
+    world.holds(disk, 0x11)
 
 
 @pytest.mark.parametrize("valve", ["shut", "open"])

@@ -90,6 +90,23 @@ def test_cancelling_what_waits_for_its_turn(wrapped_world, plan):
     slow.unlink()
 
 
+def test_cancelled_snapshot_leaves_nothing_behind(wrapped_world, plan):
+    world = wrapped_world
+    text = "#!/bin/sh\ncase $1 in *vdi_snapshot*) sleep 0.5;; esac\nexec '%s' \"$1\"\n"
+    world.write_driver("SlowSR", text % (world.folder / "sm" / "OddSR"))
+    world.restart_xapi()
+    x = world.x
+    sr = world.sr("cancelled", "slow")
+    disks = {world.vdi(sr), world.vdi(sr)}
+    vm = world.vm("cancelled", tuple(disks))
+    task = x.Async.VM.snapshot(vm, "s")
+    while "vdi_snapshot" not in x.SR.get_current_operations(sr).values():
+        time.sleep(0.01)
+    x.task.cancel(task)
+    assert world.wait_task(task)["error_info"] == ["TASK_CANCELLED", task]
+    assert set(x.SR.get_VDIs(sr)) == disks and x.VM.get_snapshots(vm) == []
+
+
 async def test_waiting_is_given_up_in_the_end(autojump_clock, tmp_path):
     """After two hours of OTHER_OPERATION_IN_PROGRESS the client sees it."""
     model = Model(Settings(database=":memory:", sm_directory=str(tmp_path)))
