@@ -73,7 +73,7 @@ def test_tasks_of_clients(upstream):
 
 def test_cancelling_what_waits_for_its_turn(wrapped_world, plan):
     world, x = wrapped_world, wrapped_world.x
-    slow = world.write_driver("SlowSR", "#!/bin/sh\ncase $1 in *sr_update*) sleep 1;; esac\nexec '%s' \"$1\"\n" % (world.folder / "sm" / "OddSR"))
+    slow = world.write_driver("SlowSR", "#!/bin/sh\ncase $1 in *sr_update*) sleep 2;; esac\nexec '%s' \"$1\"\n" % (world.folder / "sm" / "OddSR"))
     world.restart_xapi()
     x = world.x
     sr = world.sr("slow", "slow")
@@ -92,7 +92,7 @@ def test_cancelling_what_waits_for_its_turn(wrapped_world, plan):
 
 def test_cancelled_snapshot_leaves_nothing_behind(wrapped_world, plan):
     world = wrapped_world
-    text = "#!/bin/sh\ncase $1 in *vdi_snapshot*) sleep 0.5;; esac\nexec '%s' \"$1\"\n"
+    text = "#!/bin/sh\ncase $1 in *vdi_snapshot*) sleep 1.5;; esac\nexec '%s' \"$1\"\n"
     world.write_driver("SlowSR", text % (world.folder / "sm" / "OddSR"))
     world.restart_xapi()
     x = world.x
@@ -172,7 +172,7 @@ def test_waiting_for_an_event(upstream):
     timer.start()
     begin = time.monotonic()
     [event] = x.event_from(["pool"], token, 20.0)["events"]
-    assert 0.2 < time.monotonic() - begin < 5 and event["snapshot"]["name_label"] == "awake"
+    assert 0.2 < time.monotonic() - begin < 15 and event["snapshot"]["name_label"] == "awake"
     timer.join()
     other.logout()
     other("close")()
