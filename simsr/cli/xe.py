@@ -8,15 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from simsr.cli.output import printable
-from simsr.cli.xe_client import DEFAULT_SOCKET, XenApi
 from simsr.errors import BadRequest, NotFound
 
+if TYPE_CHECKING:
+    from simsr.cli.xe_client import XenApi
+
 __all__ = ["xe", "Arguments", "Command", "find", "show_value", "XE_CONTEXT"]
+
+DEFAULT_SOCKET = "/var/lib/xcp/xapi"
 
 XE_CONTEXT = {"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": False}
 
@@ -85,7 +89,7 @@ class Arguments:
             raise BadRequest(what=f"argument {unknown[0]}", reason="the command does not know it")
 
 
-Command = Callable[[XenApi, Arguments], list[str]]
+Command = Callable[["XenApi", Arguments], list[str]]
 """Returns the lines to print."""
 
 
@@ -126,6 +130,8 @@ def xe(
     ] = DEFAULT_SOCKET,
 ) -> None:
     """Run a command of xe: simsr xe vm-list name-label=web --minimal."""
+    # Not before they are needed: other commands of simsr should not wait for these modules.
+    from simsr.cli.xe_client import XenApi
     from simsr.cli.xe_commands import COMMANDS, find_command
 
     if command == "help":

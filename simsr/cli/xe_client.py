@@ -10,9 +10,7 @@ from typing import Any
 
 from simsr.errors import SimsrError
 
-__all__ = ["XenApi", "XenApiFailure", "XapiUnreachable", "DEFAULT_SOCKET"]
-
-DEFAULT_SOCKET = "/var/lib/xcp/xapi"
+__all__ = ["XenApi", "XenApiFailure", "XapiUnreachable"]
 
 
 class XenApiFailure(SimsrError):

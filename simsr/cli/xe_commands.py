@@ -19,8 +19,6 @@ NULL = "OpaqueRef:NULL"
 
 COMMANDS: dict[str, Command] = {}
 
-COMMANDS: dict[str, Command] = {}
-
 
 def command(name: str) -> Callable[[Command], Command]:
     """Enter the decorated function as ``name``."""
@@ -36,7 +34,9 @@ def find_command(name: str) -> Command:
     """Return the function of a command; complain with a suggestion if there is none."""
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
-        raise BadRequest(what=f"xe command {name}", reason=f"did you mean {near[0]}?" if near else "'simsr xe help' lists what there is")
+        raise BadRequest(
+            what=f"xe command {name}", reason=f"did you mean {near[0]}?" if near else "'simsr xe help' lists what there is"
+        )
     return COMMANDS[name]
 
 
@@ -247,22 +247,29 @@ def _host(api: XenApi, arguments: Arguments) -> str:
     return str(api("host.get_by_uuid", uuid) if uuid else api("host.get_all")[0])
 
 
+def _described(arguments: Arguments) -> tuple[Any, ...]:
+    """Return what both ways to make an SR are told about it: name, description, type, content type, shared."""
+    return (
+        arguments.need("name-label"),
+        arguments.get("name-description") or "",
+        arguments.need("type"),
+        arguments.get("content-type") or "",
+        arguments.truth("shared"),
+    )
+
+
 @command("sr-create")
 def sr_create(api: XenApi, arguments: Arguments) -> list[str]:
     host, device_config, sm_config = _host(api, arguments), arguments.mapping("device-config"), arguments.mapping("sm-config")
-    size = arguments.get("physical-size")
-    given = (
-        "0" if size in (None, "0") else str(parse_size(size or "")), arguments.need("name-label"), arguments.get("name-description") or "",
-        arguments.need("type"), arguments.get("content-type") or "", arguments.truth("shared"),
-    )  # fmt: skip
+    size = arguments.get("physical-size") or "0"
+    given = ("0" if size == "0" else str(parse_size(size)), *_described(arguments))
     arguments.finish()
     return _uuid(api, "SR", api("SR.create", host, device_config, *given, sm_config))
 
 
 @command("sr-introduce")
 def sr_introduce(api: XenApi, arguments: Arguments) -> list[str]:
-    given = (arguments.need("uuid"), arguments.need("name-label"), arguments.get("name-description") or "", arguments.need("type"),
-             arguments.get("content-type") or "", arguments.truth("shared"))  # fmt: skip
+    given = (arguments.need("uuid"), *_described(arguments))
     arguments.finish()
     return _uuid(api, "SR", api("SR.introduce", *given, {}))
 

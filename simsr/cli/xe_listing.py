@@ -11,8 +11,8 @@ from simsr.errors import BadRequest
 __all__ = ["CLASSES", "list_objects", "param_get", "param_list", "param_set", "param_remove"]
 
 CLASSES = {
-    "vm": "VM", "template": "VM", "snapshot": "VM", "vdi": "VDI", "vbd": "VBD", "sr": "SR", "pbd": "PBD", "sm": "SM", "host": "host",
-    "pool": "pool", "task": "task", "message": "message",
+    "vm": "VM", "template": "VM", "snapshot": "VM", "vdi": "VDI", "vbd": "VBD", "sr": "SR", "pbd": "PBD", "sm": "SM",
+    "host": "host", "pool": "pool", "task": "task", "message": "message",
 }  # fmt: skip
 
 _DEFAULT_FIELDS = {
@@ -63,7 +63,9 @@ class _Objects:
                 return pointed["name_label" if name.endswith("-name-label") else "uuid"]
         if cls == "SR" and name == "host":
             hosts = [self.records("PBD")[pbd]["host"] for pbd in record["PBDs"] if pbd in self.records("PBD")]
-            return self.records("host")[hosts[0]]["name_label"] if len(hosts) == 1 else "<shared>" if hosts else "<not in database>"
+            return (
+                self.records("host")[hosts[0]]["name_label"] if len(hosts) == 1 else "<shared>" if hosts else "<not in database>"
+            )
         if cls == "message" and name == "class":
             return record["cls"]
         value = record[_field_name(record, name)]
@@ -120,7 +122,12 @@ def list_objects(noun: str, api: XenApi, arguments: Arguments) -> list[str]:
         return [",".join(show_value(objects.value(cls, record, shown)) for record in records)]
     lines: list[str] = []
     for record in records:
-        lines += _block([(name, show_value(objects.value(cls, record, name)), _mark(name, objects.value(cls, record, name))) for name in names]) + [""]
+        lines += _block(
+            [
+                (name, show_value(objects.value(cls, record, name)), _mark(name, objects.value(cls, record, name)))
+                for name in names
+            ]
+        ) + [""]
     return lines
 
 
@@ -134,7 +141,7 @@ def _matches(objects: _Objects, cls: str, record: dict[str, Any], name: str, wan
 
 def _mark(name: str, value: Any) -> str:
     """Return how xe marks a field: S for sets, M for maps, RO or RW."""
-    kind = {list: "S", dict: "M"}.get(type(value), "")
+    kind = "S" if isinstance(value, list) else "M" if isinstance(value, dict) else ""
     return kind + ("RW" if name.replace("-", "_") in _WRITABLE else "RO")
 
 
@@ -165,7 +172,9 @@ def param_list(noun: str, api: XenApi, arguments: Arguments) -> list[str]:
     record = api(f"{cls}.get_record", find(api, cls, arguments))
     arguments.finish()
     names = ["uuid", *(key.replace("_", "-") for key in record if key != "uuid")]
-    return _block([(name, show_value(objects.value(cls, record, name)), _mark(name, objects.value(cls, record, name))) for name in names])
+    return _block(
+        [(name, show_value(objects.value(cls, record, name)), _mark(name, objects.value(cls, record, name))) for name in names]
+    )
 
 
 def param_set(noun: str, api: XenApi, arguments: Arguments) -> list[str]:

@@ -1,9 +1,9 @@
 """Attaching and detaching: what happens below a VBD, for VM.start, VBD.plug and their opposites.
 
-Theory. A VDI is attached to the host once, however many VBDs use it; the first one attaches and activates, the last one deactivates
-and detaches. ``currently_attached`` does not say that there is an attachment: a suspended VM keeps it set for its resume, and the
-VBDs of a checkpoint for theirs. ``storage_lock`` says it here: set before the plug-in is asked to attach, cleared when it has
-detached. So after a crash `settle` finds every attachment that should not be.
+Theory. A VDI is attached to the host once, however many VBDs use it; the first one attaches and activates, the last one
+deactivates and detaches. ``currently_attached`` does not say that there is an attachment: a suspended VM keeps it set for its
+resume, and the VBDs of a checkpoint for theirs. ``storage_lock`` says it here: set before the plug-in is asked to attach,
+cleared when it has detached. So after a crash `settle` finds every attachment that should not be.
 """
 
 from __future__ import annotations

@@ -21,7 +21,17 @@ _NOT_IN_UPGRADE = {
     "vdi_mirror", "vdi_enable_cbt", "vdi_disable_cbt", "vdi_data_destroy", "vdi_list_changed_blocks", "vdi_set_on_boot",
     "vdi_revert",
 }  # fmt: skip
-_WHILE_ATTACHED = {"snapshot", "clone", "resize_online", "mirror", "blocked", "enable_cbt", "disable_cbt", "data_destroy", "revert_to"}
+_WHILE_ATTACHED = {
+    "snapshot",
+    "clone",
+    "resize_online",
+    "mirror",
+    "blocked",
+    "enable_cbt",
+    "disable_cbt",
+    "data_destroy",
+    "revert_to",
+}
 _VDI_FEATURES = {
     "snapshot": "VDI_SNAPSHOT", "resize": "VDI_RESIZE", "resize_online": "VDI_RESIZE_ONLINE", "destroy": "VDI_DELETE",
     "update": "VDI_UPDATE", "mirror": "VDI_MIRROR", "generate_config": "VDI_GENERATE_CONFIG", "enable_cbt": "VDI_CONFIG_CBT",

@@ -89,7 +89,8 @@ class Database:
         self._sql.execute("PRAGMA synchronous = NORMAL")
         self._sql.execute("CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL)")
         self._sql.execute(
-            "CREATE TABLE IF NOT EXISTS object (ref TEXT PRIMARY KEY, class TEXT NOT NULL, uuid TEXT NOT NULL, fields TEXT NOT NULL)"
+            "CREATE TABLE IF NOT EXISTS object"
+            " (ref TEXT PRIMARY KEY, class TEXT NOT NULL, uuid TEXT NOT NULL, fields TEXT NOT NULL)"
         )
         meta = dict(self._sql.execute("SELECT name, value FROM meta"))
         if meta.setdefault("format", FORMAT) != FORMAT:
@@ -209,11 +210,12 @@ class Database:
             self._put(key, row)
 
     def _put(self, key: Key, row: Row | None) -> None:
+        """Put a row, or its absence, in place, with the pointers that lead from it."""
         cls, ref = key
         old = self._rows[cls].get(ref)
         for field in CLASSES[cls]:
             target = _POINTERS.get((cls, field))
-            before, after = old and old[field], row and row[field]
+            before, after = (old[field] if old else None), (row[field] if row else None)
             if target is None or before == after:
                 continue
             if before is not None and before != NULL:
@@ -259,7 +261,8 @@ class Database:
                 else:
                     text = json.dumps({name: value for name, value in row.items() if name != "current_operations"})
                     self._sql.execute(
-                        "INSERT INTO object VALUES (?, ?, ?, ?) ON CONFLICT (ref) DO UPDATE SET uuid = excluded.uuid, fields = excluded.fields",
+                        "INSERT INTO object VALUES (?, ?, ?, ?)"
+                        " ON CONFLICT (ref) DO UPDATE SET uuid = excluded.uuid, fields = excluded.fields",
                         (ref, cls, row["uuid"], text),
                     )
             self._sql.execute("INSERT OR REPLACE INTO meta VALUES ('generation', ?)", (str(self.generation + 1),))
@@ -278,7 +281,8 @@ class Database:
         kept = {(cls, ref): json.loads(text) for ref, cls, text in self._sql.execute("SELECT ref, class, fields FROM object")}
         assert kept.keys() == {(cls, ref) for cls in CLASSES if cls not in TRANSIENT for ref in self._rows[cls]}
         for (cls, ref), row in kept.items():
-            assert {**self._rows[cls][ref], "current_operations": None} == {**self._from_text(cls, json.dumps(row)), "current_operations": None}
+            read = self._from_text(cls, json.dumps(row))
+            assert {**self._rows[cls][ref], "current_operations": None} == {**read, "current_operations": None}
         for (owner, field), target in _POINTERS.items():
             for ref, row in self._rows[owner].items():
                 assert row[field] == NULL or ref in self._pointers[owner, field, row[field]], (owner, ref, field, target)

@@ -41,7 +41,9 @@ def bootstrap(db: Database) -> None:
         )  # fmt: skip
         db.set("host", host, control_domain=domain)
         db.create("pool", master=host)
-        memory = dict.fromkeys(("memory_static_max", "memory_dynamic_max", "memory_dynamic_min", "memory_target"), TEMPLATE_MEMORY_BYTES)
+        memory = dict.fromkeys(
+            ("memory_static_max", "memory_dynamic_max", "memory_dynamic_min", "memory_target"), TEMPLATE_MEMORY_BYTES
+        )
         db.create(
             "VM", name_label="Other install media", name_description="Template which allows VM installation from install media",
             is_a_template=True, is_default_template=True, VCPUs_max=1, VCPUs_at_startup=1, HVM_boot_policy="BIOS order",

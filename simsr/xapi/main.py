@@ -38,8 +38,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tcp", metavar="HOST:PORT", help="serve on TCP too; loopback addresses only, needs --password-file")
     parser.add_argument("--database", metavar="FILE", help="the SQLite database (default: DIR/xapi.db)")
     parser.add_argument("--sm-dir", metavar="DIR", help="where the plug-ins are, files called *SR (default: simsr's own)")
-    parser.add_argument("--sm-plugins", default="*", metavar="NAMES", help="the drivers that are wanted, as in xapi.conf (default: *)")
-    parser.add_argument("--fidelity", default="upstream", choices=FIDELITIES, help="VM.revert as xapi has it, or with its gaps filled")
+    parser.add_argument(
+        "--sm-plugins", default="*", metavar="NAMES", help="the drivers that are wanted, as in xapi.conf (default: *)"
+    )
+    parser.add_argument(
+        "--fidelity", default="upstream", choices=FIDELITIES, help="VM.revert as xapi has it, or with its gaps filled"
+    )
     parser.add_argument("--user", default="root", metavar="NAME", help="who may log in (default: root)")
     parser.add_argument("--password-file", metavar="FILE", help="file with the password; without it only the unix socket lets in")
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])

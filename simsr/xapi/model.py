@@ -16,8 +16,25 @@ from typing import Any
 
 import trio
 
-from simsr.xapi import attachment, events, generic, host, messages, pbd, sessions, sr, tasks, vbd, vdi, vdi_copy, vm, vm_clone, vm_power
-from simsr.xapi import vm_revert, vm_snapshot
+from simsr.xapi import (
+    attachment,
+    events,
+    generic,
+    host,
+    messages,
+    pbd,
+    sessions,
+    sr,
+    tasks,
+    vbd,
+    vdi,
+    vdi_copy,
+    vm,
+    vm_clone,
+    vm_power,
+    vm_revert,
+    vm_snapshot,
+)
 from simsr.xapi.database import Database, new_ref
 from simsr.xapi.failure import Unimplemented, XenError, internal_error
 from simsr.xapi.registry import METHODS, Method, find_method
@@ -132,7 +149,9 @@ class Model:
         while True:
             await trio.sleep(HOUSEKEEPING_S)
             self.sessions.expire()
-            self.registrations = {session: kept for session, kept in self.registrations.items() if self.db.has("session", session)}
+            self.registrations = {
+                session: kept for session, kept in self.registrations.items() if self.db.has("session", session)
+            }
             tasks.collect_garbage(self.db)
             await sr.scan_automatically(self.internal_call())
 
@@ -195,7 +214,12 @@ class Model:
 
     def statistics(self) -> dict[str, Any]:
         """Return counters."""
-        return {"calls": self._calls, "methods": len(METHODS), "sessions": self.sessions.statistics(), "database": self.db.statistics()}
+        return {
+            "calls": self._calls,
+            "methods": len(METHODS),
+            "sessions": self.sessions.statistics(),
+            "database": self.db.statistics(),
+        }
 
 
 def _shown(value: Any) -> Any:

@@ -32,7 +32,9 @@ class Method:
         if not len(required) <= len(arguments) <= len(self.parameters):
             expected = len(self.parameters) if len(arguments) > len(self.parameters) else len(required)
             raise XenError("MESSAGE_PARAMETER_COUNT_MISMATCH", self.name, str(expected), str(len(arguments)))
-        values = [parameter.type.read(value, parameter.name) for parameter, value in zip(self.parameters, arguments, strict=False)]
+        values = [
+            parameter.type.read(value, parameter.name) for parameter, value in zip(self.parameters, arguments, strict=False)
+        ]
         return values + [parameter.default for parameter in self.parameters[len(values) :]]
 
 

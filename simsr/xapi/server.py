@@ -1,7 +1,8 @@
 """HTTP in front of the model: XML-RPC at ``/`` and ``/RPC2``, JSON-RPC at ``/jsonrpc``; on a unix socket and on loopback TCP.
 
-A request is answered with status 200 and a XenAPI document, also when the call failed; only what is no request at all gets another
-status or an XML-RPC fault. Bodies are bounded. A client that goes away stops the waiting for its answer and nothing else.
+A request is answered with status 200 and a XenAPI document, also when the call failed; only what is no request at all gets
+another status or an XML-RPC fault. Bodies are bounded. A client that goes away stops the waiting for its answer and nothing
+else.
 """
 
 from __future__ import annotations
@@ -35,12 +36,13 @@ class _Refused(Exception):
         self.status, self.text = status, text
 
 
-def make_app(model: Model) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
+def make_app(model: Model) -> Any:
     """Return the ASGI application for ``model``."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            return await _lifespan(receive, send)
+            await _lifespan(receive, send)
+            return
         if scope["type"] != "http":
             return
         try:

@@ -1,7 +1,7 @@
 """How the model reaches storage: the drivers that are installed, and their commands about an SR or a VDI.
 
-Each command carries what xapi sends with it: the PBD's device_config with SRmaster, the session of the SR, the task, and the VDI's
-reference, location and uuid. What 38 means depends on the command.
+Each command carries what xapi sends with it: the PBD's device_config with SRmaster, the session of the SR, the task, and the
+VDI's reference, location and uuid. What 38 means depends on the command.
 """
 
 from __future__ import annotations
@@ -143,7 +143,10 @@ async def sr_command(
         "sr_ref": sr,
         "vdi_type": members.get("vdi_type"),
         "sr_uuid": row["uuid"],
-        **{name: members.get(name) for name in ("vdi_ref", "vdi_location", "vdi_uuid", "driver_params", "vdi_sm_config", "new_uuid")},
+        **{
+            name: members.get(name)
+            for name in ("vdi_ref", "vdi_location", "vdi_uuid", "driver_params", "vdi_sm_config", "new_uuid")
+        },
         "subtask_of": call.task,
         "vdi_on_boot": members.get("vdi_on_boot"),
         "vdi_allow_caching": members.get("vdi_allow_caching"),
@@ -183,7 +186,7 @@ async def vdi_command(call: Call, vdi: str, command: str, args: Sequence[str] = 
 async def probe(call: Call, sr_type: str, device_config: dict[str, str], sm_config: dict[str, str]) -> str:
     """Return the document that a driver's sr_probe answers with."""
     plugin = call.model.drivers.plugin(sr_type)
-    features = next((row["features"] for row in call.db.all("SM").values() if row["type"] == sr_type.lower()), {})
+    features: dict[str, int] = next((row["features"] for row in call.db.all("SM").values() if row["type"] == sr_type.lower()), {})
     if "SR_PROBE" not in features:
         raise XenError("SR_BACKEND_FAILURE", "sr_probe", f"driver {sr_type} does not support it", "")
     sent = {

@@ -1,7 +1,7 @@
 """Tasks: calls that run in the background, and those that clients make to keep notes in.
 
-A task's ``result`` is the XML-RPC text of the value, because clients cut it out of there with string operations. Cancelling asks: an
-operation that waits for its turn stops, one that works finishes.
+A task's ``result`` is the XML-RPC text of the value, because clients cut it out of there with string operations. Cancelling
+asks: an operation that waits for its turn stops, one that works finishes.
 """
 
 from __future__ import annotations

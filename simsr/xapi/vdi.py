@@ -85,9 +85,7 @@ async def introduce(
 ) -> str:  # fmt: skip
     async with operations(call, ("SR", sr, "vdi_introduce")):
         new_uuid = uuid or str(uuid_module.uuid4())
-        answer = await sr_command(
-            call, sr, "vdi_introduce", vdi_location=location, vdi_sm_config=sm_config, new_uuid=new_uuid
-        )
+        answer = await sr_command(call, sr, "vdi_introduce", vdi_location=location, vdi_sm_config=sm_config, new_uuid=new_uuid)
         vdi = call.db.by_uuid("VDI", smapiv1.vdi_info(answer)[0])
         call.db.set(
             "VDI", vdi, name_label=label, name_description=description, type=vdi_type, sharable=sharable, read_only=read_only,
@@ -260,7 +258,14 @@ def get_nbd_info(call: Call, vdi: str) -> list[dict[str, Any]]:
         path, _, export = place.removeprefix("nbd:unix:").partition(":exportname=")
         if place:
             found.append(
-                {"uri": f"nbd+unix:///{export}?socket={path}", "exportname": export, "address": path, "port": 0, "cert": "", "subject": ""}
+                {
+                    "uri": f"nbd+unix:///{export}?socket={path}",
+                    "exportname": export,
+                    "address": path,
+                    "port": 0,
+                    "cert": "",
+                    "subject": "",
+                }
             )
     return found
 

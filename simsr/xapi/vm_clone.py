@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import trio
 
@@ -32,7 +32,7 @@ def vbd_rows(call: Call, vm: str) -> list[Row]:
     return [call.db.get("VBD", vbd) for vbd in vbds_in_order(call.db, vm)]
 
 
-async def copy_disks(call: Call, disks: list[str], copy: Callable[[str], Awaitable[str]]) -> dict[str, str]:
+async def copy_disks(call: Call, disks: list[str], copy: Callable[[str], Awaitable[Any]]) -> dict[str, Any]:
     """Copy each VDI with ``copy`` and return what became of what. If one fails, the copies made so far are destroyed."""
     made: dict[str, str] = {}
     try:
@@ -54,7 +54,7 @@ async def destroy_disks(call: Call, disks: list[str]) -> None:
             log.error("VDI %s is left over: %s", disk, error)
 
 
-async def _copy_whole(call: Call, vm: str, name: str, copy: Callable[[str], Awaitable[str]]) -> str:
+async def _copy_whole(call: Call, vm: str, name: str, copy: Callable[[str], Awaitable[Any]]) -> str:
     db = call.db
     rows = vbd_rows(call, vm)
     disks = list(dict.fromkeys(row["VDI"] for row in rows if row["type"] == "Disk" and not row["empty"]))

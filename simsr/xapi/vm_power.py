@@ -139,7 +139,12 @@ async def unpause(call: Call, vm: str) -> None:
 def _suspend_sr(call: Call, vm: str) -> str:
     db = call.db
     pool = next(iter(db.all("pool").values()))
-    wanted = (db.get("VM", vm)["suspend_SR"], pool["suspend_image_SR"], db.get("host", call.host)["suspend_image_sr"], pool["default_SR"])
+    wanted = (
+        db.get("VM", vm)["suspend_SR"],
+        pool["suspend_image_SR"],
+        db.get("host", call.host)["suspend_image_sr"],
+        pool["default_SR"],
+    )
     for sr in wanted:
         if db.has("SR", sr):
             return sr

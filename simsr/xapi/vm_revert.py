@@ -1,8 +1,9 @@
 """VM.revert: take a VM back to a snapshot, each disk by VDI.revert where the driver can, by destroy and clone where it cannot.
 
-Theory. Only two errors of VDI.revert promise that nothing was touched (`_NOTHING_TOUCHED`); a disk that fails with one of them is
-cloned. Any other error stops the revert: disks reverted before stay reverted, nothing has been destroyed, the VM is Halted.
-The sets have the names of the specification: S the snapshot's disks, R those of them that were reverted natively, D the VM's disks.
+Theory. Only two errors of VDI.revert promise that nothing was touched (`_NOTHING_TOUCHED`); a disk that fails with one of
+them is cloned. Any other error stops the revert: disks reverted before stay reverted, nothing has been destroyed, the VM is
+Halted. The sets have the names of the specification: S the snapshot's disks, R those of them that were reverted natively, D
+the VM's disks.
 
 ``fidelity = upstream`` does as xapi does, with its consequences: a reverted disk keeps its current VBD, or stays without one.
 ``fixed`` gives every reverted disk the VBD of the snapshot, and clones a disk whose original is gone instead of failing.
@@ -102,7 +103,9 @@ def _require_suspend_image(call: Call, snapshot: Row) -> None:
 def _take_back_fields(call: Call, vm: str, snapshot: Row) -> None:
     saved: dict[str, Any] = json.loads(snapshot["snapshot_metadata"] or "{}")
     fields = CLASSES["VM"]
-    values = {name: fields[name].type.read(value, name) for name, value in saved.items() if name in fields and name not in FIELDS_KEPT}
+    values = {
+        name: fields[name].type.read(value, name) for name, value in saved.items() if name in fields and name not in FIELDS_KEPT
+    }
     call.db.set("VM", vm, **values, ha_always_run=False)
 
 
@@ -185,7 +188,11 @@ async def _clone_the_rest(call: Call, vm: str, snapshot: str, rows: list[Row], o
     made = await copy_disks(call, disks, lambda disk: vdi.clone(call, disk, driver_params))
     call.progress(0.5)
     try:
-        new_image = (await copy_disks(call, [image], lambda disk: vdi.clone(call, disk, driver_params)))[image] if db.has("VDI", image) else NULL
+        new_image = (
+            (await copy_disks(call, [image], lambda disk: vdi.clone(call, disk, driver_params)))[image]
+            if db.has("VDI", image)
+            else NULL
+        )
     except (XenError, Unimplemented):
         await destroy_disks(call, list(made.values()))
         raise

@@ -1,12 +1,14 @@
 """VM.snapshot and VM.checkpoint.
 
-A snapshot is a VM record that cannot run, with a snapshot of each disk. A checkpoint also has the memory: the VM is suspended, its
-disks and its suspend image are copied, and it goes on; the copy keeps its VBDs marked as attached for a later resume.
+A snapshot is a VM record that cannot run, with a snapshot of each disk. A checkpoint also has the memory: the VM is
+suspended, its disks and its suspend image are copied, and it goes on; the copy keeps its VBDs marked as attached for a later
+resume.
 """
 
 from __future__ import annotations
 
 import uuid as uuid_module
+from collections.abc import Set
 from typing import TYPE_CHECKING
 
 from simsr.xapi import vdi
@@ -39,7 +41,7 @@ async def snapshot_with_quiesce(call: Call, vm: str, new_name: str) -> str:
 
 
 async def _snapshot(
-    call: Call, vm: str, new_name: str, power_state: str, ignored: set[str] = frozenset(), *, with_memory: bool = False
+    call: Call, vm: str, new_name: str, power_state: str, ignored: Set[str] = frozenset(), *, with_memory: bool = False
 ) -> str:
     """Copy disks (and memory) of the VM and make the record. ``power_state`` is that of the VM when the caller was asked."""
     db = call.db

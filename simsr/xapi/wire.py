@@ -13,7 +13,18 @@ from typing import Any
 from simsr.xapi.schema import Time
 from simsr.xapi.xml_tree import Element, NotXml, parse
 
-__all__ = ["Malformed", "I4", "escape_markup", "read_call", "write_success", "write_failure", "write_fault", "xml_value", "read_json", "json_reply"]
+__all__ = [
+    "Malformed",
+    "I4",
+    "escape_markup",
+    "read_call",
+    "write_success",
+    "write_failure",
+    "write_fault",
+    "xml_value",
+    "read_json",
+    "json_reply",
+]
 
 _ILLEGAL_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _MARKUP = {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"}

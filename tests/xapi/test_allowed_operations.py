@@ -77,7 +77,9 @@ def test_attached_leaf_cannot_be_reverted_from(one):
 
 
 @pytest.mark.parametrize("operation", ["", "attach"])
-@pytest.mark.parametrize("state", [{"attached": True}, {"attached": False, "reserved": True}, {"attached": True, "reserved": True}])
+@pytest.mark.parametrize(
+    "state", [{"attached": True}, {"attached": False, "reserved": True}, {"attached": True, "reserved": True}]
+)
 def test_update_of_an_attached_or_reserved_vdi(one, state, operation):
     one.vbd(operation=operation, **state)
     assert one.code("update") == "VDI_IN_USE"
@@ -128,7 +130,12 @@ def test_no_cbt_without_the_feature(one, operation):
 
 @pytest.mark.parametrize("operation", ["enable_cbt", "disable_cbt"])
 def test_cbt_of_disks_only(one, operation):
-    for vdi_type, expected in (("metadata", "VDI_INCOMPATIBLE_TYPE"), ("redo_log", "VDI_INCOMPATIBLE_TYPE"), ("user", None), ("system", None)):
+    for vdi_type, expected in (
+        ("metadata", "VDI_INCOMPATIBLE_TYPE"),
+        ("redo_log", "VDI_INCOMPATIBLE_TYPE"),
+        ("user", None),
+        ("system", None),
+    ):
         one.set(type=vdi_type)
         assert one.code(operation) == expected, vdi_type
     one.vbd("RW")
@@ -250,7 +257,13 @@ def test_sr_level(one):
     one.db.set("SR", one.sr, current_operations={"OpaqueRef:op": "plug"})
     assert sr_error(one.db, one.sr, "vdi_revert") is None
     one.db.set("SR", one.sr, current_operations={"OpaqueRef:op": "scan"})
-    assert sr_error(one.db, one.sr, "vdi_revert").description == ["OTHER_OPERATION_IN_PROGRESS", "SR", one.sr, "scan", "OpaqueRef:op"]
+    assert sr_error(one.db, one.sr, "vdi_revert").description == [
+        "OTHER_OPERATION_IN_PROGRESS",
+        "SR",
+        one.sr,
+        "scan",
+        "OpaqueRef:op",
+    ]
     assert "vdi_revert" not in allowed(one.db, "SR", one.sr)
     one.without("VDI_REVERT")
     assert sr_error(one.db, one.sr, "vdi_revert").description == ["SR_OPERATION_NOT_SUPPORTED", one.sr]

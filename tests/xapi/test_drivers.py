@@ -24,7 +24,10 @@ def test_argv_environment_and_members(wrapped_world, plan):
     names = "host_ref command args device_config session_ref sr_ref vdi_type sr_uuid vdi_sm_config subtask_of"
     places = [request.index(f"<member><name>{name}</name>") for name in names.split()]
     assert places == sorted(places), "the members come in xapi's order"
-    assert "<value>4194304</value><value>named</value><value/><value/><value>false</value><value>19700101T00:00:00Z</value><value/><value>false</value>" in request
+    assert (
+        "<value>4194304</value><value>named</value><value/><value/><value>false</value><value>19700101T00:00:00Z</value><value/><value>false</value>"
+        in request
+    )
     assert "<name>SRmaster</name><value>true</value>" in request and "<name>vdi_type</name><value>user</value>" in request
     assert "SRmaster" not in world.x.PBD.get_device_config(world.x.SR.get_PBDs(sr)[0])
     assert world.x.VDI.get_location(disk) == world.uuid(disk)
@@ -166,7 +169,7 @@ def test_discovery():
     sm = folder / "sm"
     sm.mkdir()
     for name, text, mode in [
-        ("SimSR", f"#!/bin/sh\nexec {SIMSR_PLUGIN} \"$1\"\n", 0o755),
+        ("SimSR", f'#!/bin/sh\nexec {SIMSR_PLUGIN} "$1"\n', 0o755),
         ("PlainSR", wrapped(), 0o644),
         ("BrokenSR", "#!/bin/sh\nexit 1\n", 0o755),
         ("UnwantedSR", wrapped(), 0o755),

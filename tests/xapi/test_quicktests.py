@@ -79,7 +79,18 @@ def test_sr_that_cannot_be_made_leaves_no_rows(upstream):
     x = upstream.x
     before = set(x.SR.get_all()), set(x.PBD.get_all())
     assert failure(upstream.sr, "x", "nonsense") == ["SR_UNKNOWN_DRIVER", "nonsense"]
-    description = failure(x.SR.create, upstream.host, {"socket": "/nowhere", "xapi_socket": upstream.xapi.socket}, "0", "x", "", "sim", "", False, {})
+    description = failure(
+        x.SR.create,
+        upstream.host,
+        {"socket": "/nowhere", "xapi_socket": upstream.xapi.socket},
+        "0",
+        "x",
+        "",
+        "sim",
+        "",
+        False,
+        {},
+    )
     assert description[0] == "SR_BACKEND_FAILURE_47"
     assert (set(x.SR.get_all()), set(x.PBD.get_all())) == before
 
@@ -110,7 +121,9 @@ def test_introducing_nonsense_fails(upstream, native_sr):
     uuid = "11111111-2222-4333-8444-555555555555"
     given = [uuid, "n", "", native_sr, "user", False, False, {}, uuid, {}, {}]
     assert failure(x.VDI.introduce, *given)[0] == "VDI_MISSING"
-    assert failure(x.VDI.db_introduce, *given, True, "1", "1", NULL, False, XenAPI.xmlrpclib.DateTime("19700101T00:00:00Z"), NULL, False) == ["PERMISSION_DENIED", ""]
+    assert failure(
+        x.VDI.db_introduce, *given, True, "1", "1", NULL, False, XenAPI.xmlrpclib.DateTime("19700101T00:00:00Z"), NULL, False
+    ) == ["PERMISSION_DENIED", ""]
 
 
 def test_database_calls_are_for_plugins_only(upstream, native_sr):
@@ -182,7 +195,12 @@ def test_data_integrity(upstream, native_sr):
     disk = upstream.vdi(native_sr)
     upstream.fill(disk, 0x5A)
     other_sr = upstream.sr("the other")
-    copies = [x.VDI.snapshot(disk, {}), x.VDI.clone(disk, {}), x.VDI.copy(disk, other_sr), x.VDI.copy(disk, native_sr, NULL, NULL)]
+    copies = [
+        x.VDI.snapshot(disk, {}),
+        x.VDI.clone(disk, {}),
+        x.VDI.copy(disk, other_sr),
+        x.VDI.copy(disk, native_sr, NULL, NULL),
+    ]
     into = upstream.vdi(native_sr)
     assert x.VDI.copy(disk, NULL, NULL, into) == into
     upstream.fill(disk, 0xA5)

@@ -197,7 +197,9 @@ def test_target_as_ref_and_as_uuid_has_the_same_effect(wrapped_world, plan, form
     [call] = [call for call in plan.calls() if call["command"] == "vdi_revert"]
     world.fill(disk, 0x22)
     request = call["request"] if form == "ref" else call["request"].replace(disk, world.uuid(disk))
-    done = subprocess.run([str(SIMSR_PLUGIN), request], env=smapiv1.ENVIRONMENT, stdin=subprocess.DEVNULL, capture_output=True, check=True)
+    done = subprocess.run(
+        [str(SIMSR_PLUGIN), request], env=smapiv1.ENVIRONMENT, stdin=subprocess.DEVNULL, capture_output=True, check=True
+    )
     smapiv1.unit(smapiv1.read_answer(done.stdout))
     world.holds(disk, 0x11)
 
@@ -266,6 +268,40 @@ def test_concurrent_revert_and_scan_are_serialised(upstream):
     assert together == 1
     assert set(x.SR.get_VDIs(sr)) == known
     upstream.holds(disk, 0x11)
+
+
+def test_operations_under_way_are_shown_where_clients_look(wrapped_world, plan):
+    """Section 2: in current_operations of snapshot, disk and SR; never in VDI.allowed_operations."""
+    world, x = wrapped_world, wrapped_world.x
+    sr = world.sr("shown", "odd")
+    disk = world.vdi(sr)
+    snapshot = x.VDI.snapshot(disk, {})
+    plan.set(vdi_revert=[{"sleep": 1.5}])
+    task = x.Async.VDI.revert(snapshot)
+    while "vdi_revert" not in plan.commands():
+        time.sleep(0.01)
+    assert [list(x.VDI.get_current_operations(vdi).values()) for vdi in (snapshot, disk)] == [["revert_to"], ["revert_from"]]
+    assert x.SR.get_current_operations(sr) == {task: "vdi_revert"}
+    assert x.SR.get_allowed_operations(sr) == ["plug"]
+    assert world.wait_task(task)["status"] == "success"
+    for cls, ref in (("VDI", snapshot), ("VDI", disk), ("SR", sr)):
+        assert getattr(x, cls).get_current_operations(ref) == {}
+    assert not {"revert_to", "revert_from"} & set(x.VDI.get_allowed_operations(snapshot))
+    assert "vdi_revert" in x.SR.get_allowed_operations(sr)
+
+
+def test_memory_out_of_reach(upstream):
+    """6.1, step 3: the SR of a checkpoint's suspend image must be plugged."""
+    x = upstream.x
+    sr, memory_sr = upstream.sr("disks"), upstream.sr("memory")
+    vm = upstream.vm("memory", (upstream.vdi(sr),))
+    x.VM.set_suspend_SR(vm, memory_sr)
+    x.VM.start(vm, False, False)
+    checkpoint = x.VM.checkpoint(vm, "c")
+    x.PBD.unplug(x.SR.get_PBDs(memory_sr)[0])
+    assert failure(x.VM.revert, checkpoint) == ["HOST_NOT_LIVE", upstream.host]
+    assert x.VM.get_power_state(vm) == "Running", "nothing was done yet"
+    x.VM.hard_shutdown(vm)
 
 
 @pytest.mark.parametrize("fidelity", ["upstream", "fixed"])

@@ -59,7 +59,10 @@ def test_forms_of_a_string(value):
     assert smapiv1.text(read_answer(answer(value))) == "x"
 
 
-@pytest.mark.parametrize("value", ["<value/>", "<value></value>", "<value><string/></value>", "<value>   </value>", "<value><string> \n</string></value>"])
+@pytest.mark.parametrize(
+    "value",
+    ["<value/>", "<value></value>", "<value><string/></value>", "<value>   </value>", "<value><string> \n</string></value>"],
+)
 def test_forms_of_the_empty_string(value):
     assert smapiv1.text(read_answer(answer(value))) == ""
 
@@ -89,7 +92,10 @@ def test_what_is_not_xml_is_shown_whole(document):
 def test_attributes_match_nothing():
     for document in (answer("<value><string kind='a'>x</string></value>"), answer("<value a='b'>x</value>")):
         assert code_of(smapiv1.text, read_answer(document))[0] == "INTERNAL_ERROR"
-    assert code_of(read_answer, b"<methodResponse a='b'><params><param><value/></param></params></methodResponse>")[0] == "INTERNAL_ERROR"
+    assert (
+        code_of(read_answer, b"<methodResponse a='b'><params><param><value/></param></params></methodResponse>")[0]
+        == "INTERNAL_ERROR"
+    )
 
 
 def test_entities_are_not_expanded():
@@ -184,12 +190,16 @@ def test_boolean_is_true_unless_zero(text, expected):
 
 
 def test_wrongly_typed_optional_members_count_as_absent():
-    value = struct(params_nbd="<value/>", params="<value><int>1</int></value>", o_direct="<value>0</value>", xenstore_data="<value>x</value>")
+    value = struct(
+        params_nbd="<value/>", params="<value><int>1</int></value>", o_direct="<value>0</value>", xenstore_data="<value>x</value>"
+    )
     info = smapiv1.attach_info(read_answer(answer(value)))
     assert (info.params, info.o_direct, info.xenstore_data) == (None, True, {})
 
 
-@pytest.mark.parametrize("value", [struct(params="<value>/dev/sda</value>"), struct(params_nbd="<value><int>1</int></value>"), "<value>x</value>"])
+@pytest.mark.parametrize(
+    "value", [struct(params="<value>/dev/sda</value>"), struct(params_nbd="<value><int>1</int></value>"), "<value>x</value>"]
+)
 def test_attach_needs_params_nbd(value):
     assert code_of(smapiv1.attach_info, read_answer(answer(value)))[:2] == ["SR_BACKEND_FAILURE", ""]
 
@@ -225,4 +235,9 @@ def test_driver_info_without_a_member():
 
 def test_process_that_does_not_end_well():
     assert smapiv1.failed_process(1, "out", "err").description == ["SR_BACKEND_FAILURE", "non-zero exit", "out", "err"]
-    assert smapiv1.failed_process(-9, "out", "err").description == ["SR_BACKEND_FAILURE", "received signal: SIGKILL", "out", "err"]
+    assert smapiv1.failed_process(-9, "out", "err").description == [
+        "SR_BACKEND_FAILURE",
+        "received signal: SIGKILL",
+        "out",
+        "err",
+    ]

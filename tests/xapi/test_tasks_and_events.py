@@ -12,7 +12,6 @@ from xapi_kit import failure
 from simsr.xapi import locks
 from simsr.xapi.model import Call, Model, Settings
 
-
 # Tasks.
 
 
@@ -20,7 +19,12 @@ def test_result_is_the_value_in_xml(upstream, native_sr):
     x = upstream.x
     disk = upstream.vdi(native_sr)
     record = upstream.wait_task(x.Async.VDI.snapshot(disk, {}))
-    assert (record["status"], record["progress"], record["error_info"], record["name_label"]) == ("success", 1.0, [], "Async.VDI.snapshot")
+    assert (record["status"], record["progress"], record["error_info"], record["name_label"]) == (
+        "success",
+        1.0,
+        [],
+        "Async.VDI.snapshot",
+    )
     snapshot = record["result"].removeprefix("<value>").removesuffix("</value>")
     assert record["result"] == f"<value>{snapshot}</value>" and x.VDI.get_snapshot_of(snapshot) == disk
     assert record["resident_on"] == upstream.host
@@ -57,7 +61,9 @@ def test_notes_on_a_task(upstream):
     task = x.Async.VM.snapshot(vm, "cs")
     x.task.add_to_other_config(task, "CS_VM_SNAPSHOT_KEY", "cs")
     upstream.wait_task(task)
-    found = [t for t in x.task.get_by_name_label("Async.VM.snapshot") if x.task.get_other_config(t).get("CS_VM_SNAPSHOT_KEY") == "cs"]
+    found = [
+        t for t in x.task.get_by_name_label("Async.VM.snapshot") if x.task.get_other_config(t).get("CS_VM_SNAPSHOT_KEY") == "cs"
+    ]
     assert found == [task]
 
 
@@ -73,7 +79,9 @@ def test_tasks_of_clients(upstream):
 
 def test_cancelling_what_waits_for_its_turn(wrapped_world, plan):
     world, x = wrapped_world, wrapped_world.x
-    slow = world.write_driver("SlowSR", "#!/bin/sh\ncase $1 in *sr_update*) sleep 2;; esac\nexec '%s' \"$1\"\n" % (world.folder / "sm" / "OddSR"))
+    slow = world.write_driver(
+        "SlowSR", "#!/bin/sh\ncase $1 in *sr_update*) sleep 2;; esac\nexec '%s' \"$1\"\n" % (world.folder / "sm" / "OddSR")
+    )
     world.restart_xapi()
     x = world.x
     sr = world.sr("slow", "slow")

@@ -65,7 +65,9 @@ def test_types_on_the_wire(world, post):
     vm = x.VM.clone(world.template, "types")
     assert "<name>Value</name><value/>" in post("/", call("VM.set_name_label", session, vm, "a &lt; b")).text
     assert x.VM.get_name_label(vm) == "a < b"
-    counts = post("/", call("event.from", session, "<array><data><value>pool</value></data></array>", "", "<double>0</double>")).text
+    counts = post(
+        "/", call("event.from", session, "<array><data><value>pool</value></data></array>", "", "<double>0</double>")
+    ).text
     assert "<name>pool</name><value><i4>1</i4></value>" in counts
 
 
@@ -132,7 +134,8 @@ def test_get_all_records_where(world, expression, found):
 
 
 @pytest.mark.parametrize(
-    "expression", ["", "field", 'field "nonsense" = "x"', 'field "uuid" = ', '"a" = "b" "c"', "(" * 5000, "not " * 5000 + "true", "x"]
+    "expression",
+    ["", "field", 'field "nonsense" = "x"', 'field "uuid" = ', '"a" = "b" "c"', "(" * 5000, "not " * 5000 + "true", "x"],
 )
 def test_queries_that_make_no_sense(world, expression):
     assert failure(world.x.VM.get_all_records_where, expression)[:2] == ["VALUE_NOT_SUPPORTED", "expr"]
@@ -163,7 +166,11 @@ def test_credentials(world):
     uri = f"http://{world.xapi.tcp}"
     for user, password in (("root", "wrong"), ("root", ""), ("nobody", "open sesame")):
         session = XenAPI.Session(uri)
-        assert failure(session.login_with_password, user, password) == ["SESSION_AUTHENTICATION_FAILED", user, "Authentication failure"]
+        assert failure(session.login_with_password, user, password) == [
+            "SESSION_AUTHENTICATION_FAILED",
+            user,
+            "Authentication failure",
+        ]
         session("close")()
     session = XenAPI.Session(uri)
     session.login_with_password("root", "open sesame", "1.0", "a test")
@@ -235,7 +242,11 @@ def test_json_rpc_2(world, post):
     vm = rpc(post, jsonrpc="2.0", method="VM.clone", params=[session, world.template, "json"], id=2)["result"]
     for number in (3, "4", 5.0):
         assert rpc(post, jsonrpc="2.0", method="VM.set_VCPUs_max", params=[session, vm, number], id=3)["result"] == ""
-    assert rpc(post, jsonrpc="2.0", method="VM.get_VCPUs_max", params=[session, vm], id=4) == {"jsonrpc": "2.0", "result": 5, "id": 4}
+    assert rpc(post, jsonrpc="2.0", method="VM.get_VCPUs_max", params=[session, vm], id=4) == {
+        "jsonrpc": "2.0",
+        "result": 5,
+        "id": 4,
+    }
     answer = rpc(post, jsonrpc="2.0", method="VM.get_uuid", params=[session, "OpaqueRef:x"], id=5)
     assert answer == {"jsonrpc": "2.0", "error": {"code": 1, "message": "HANDLE_INVALID", "data": ["VM", "OpaqueRef:x"]}, "id": 5}
 

@@ -28,7 +28,9 @@ def session():
 def run(script: str) -> subprocess.CompletedProcess:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     script = f"trap 'kill $simsrd $xapi 2>/dev/null || true' EXIT\n{script}"
-    return subprocess.run(["bash", "-eu", "-c", script], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PATH": path}, timeout=120)
+    return subprocess.run(
+        ["bash", "-eu", "-c", script], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PATH": path}, timeout=120
+    )
 
 
 def test_the_commands_run(session):
@@ -39,14 +41,17 @@ def test_the_commands_run(session):
 
 def test_without_the_feature_the_last_check_fails(session):
     script = session.replace("device-config:xapi_socket", "device-config:revert=off device-config:xapi_socket")
-    script = script.replace("--minimal)\" = $disk", "--minimal)\" != $disk").replace("qemu-io -f raw -r -c", "true")
+    script = script.replace('--minimal)" = $disk', '--minimal)" != $disk').replace("qemu-io -f raw -r -c", "true")
     assert "!= $disk" in script
     done = run(script)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_calls_named_are_the_calls_there():
-    classes, table = re.search(r"Classes: (.*?)\. All", PAGE, re.S)[1], re.search(r"\| class \| further calls \|\n.*?\n(.*?)\n\n", PAGE, re.S)[1]
+    classes, table = (
+        re.search(r"Classes: (.*?)\. All", PAGE, re.S)[1],
+        re.search(r"\| class \| further calls \|\n.*?\n(.*?)\n\n", PAGE, re.S)[1],
+    )
     assert set(re.findall(r"\w+", classes)) == {*CLASSES, "event"}
     for row in table.splitlines():
         names, calls = row.strip("| ").split(" | ")

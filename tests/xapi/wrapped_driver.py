@@ -2,7 +2,7 @@
 
 The wrapper is an executable of its own, which also shows that xapi runs any driver. ``plan.json`` beside it has for a command the
 list of what its next calls get: null is SimSR's answer, a number is a fault, text is the answer's value, {"signal": 9} and
-{"exit": 1} end the process, {"raw": "..."} is printed as it is. Every call is a line in ``calls.jsonl``.
+{"exit": 1} end the process, {"raw": "..."} is printed as it is, {"sleep": 1} delays SimSR's answer. Every call is a line in ``calls.jsonl``.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 
 from xapi_kit import SIMSR_PLUGIN, World
 
-_TEXT = r'''#!/usr/bin/python3
-import fcntl, json, os, re, subprocess, sys
+_TEXT = r"""#!/usr/bin/python3
+import fcntl, json, os, re, subprocess, sys, time
 HERE = os.path.dirname(os.path.abspath(__file__))
 DROPPED, ADDED, REAL = %(dropped)r, %(added)r, %(real)r
 request = sys.argv[-1]
@@ -39,7 +39,9 @@ if isinstance(step, int):
            "<name>faultString</name><value>as planned</value></member></struct></value></fault></methodResponse>" %% step)
 if isinstance(step, str):
     answer("<methodResponse><params><param>%%s</param></params></methodResponse>" %% step)
-if isinstance(step, dict):
+if isinstance(step, dict) and "sleep" in step:
+    time.sleep(step["sleep"])
+elif isinstance(step, dict):
     if "raw" in step:
         answer(step["raw"])
     sys.stdout.write("said before")
@@ -56,7 +58,7 @@ if command == "sr_get_driver_info":
     for name in ADDED:
         done = done.replace("<value><string>VDI_CREATE</string></value>", "<value>%%s</value><value>VDI_CREATE</value>" %% name)
 sys.stdout.write(done)
-'''
+"""
 
 
 def wrapped(*, without: tuple[str, ...] = (), added: tuple[str, ...] = ()) -> str:

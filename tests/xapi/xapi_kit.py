@@ -162,7 +162,13 @@ class World:
         words = [word for command in commands for word in ("-c", command)]
         uri = f"nbd+unix:///{self.uuid(vdi)}?socket={self.simsrd.root}/nbd.sock"
         read_only = ["-r"] if all(command.startswith("read") for command in commands) else []
-        done = subprocess.run(["qemu-io", "-f", "raw", *read_only, *words, uri], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            ["qemu-io", "-f", "raw", *read_only, *words, uri],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
         assert done.returncode == 0 and "failed" not in done.stdout, done.stdout + done.stderr
 
     def fill(self, vdi: str, pattern: int, size: str = "4M") -> None:
