@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from simsr.cli.output import printable
 from simsr.cli.xe import Arguments, Command, find
 from simsr.cli.xe_client import XenApi
 from simsr.cli.xe_listing import CLASSES, list_objects, param_get, param_list, param_remove, param_set
@@ -278,7 +279,7 @@ def sr_introduce(api: XenApi, arguments: Arguments) -> list[str]:
 def sr_probe(api: XenApi, arguments: Arguments) -> list[str]:
     host, device_config, kind = _host(api, arguments), arguments.mapping("device-config"), arguments.need("type")
     arguments.finish()
-    return [api("SR.probe", host, device_config, kind, {})]
+    return [printable(api("SR.probe", host, device_config, kind, {}))]
 
 
 @command("pbd-create")
