@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import time
 import uuid as uuid_module
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator
@@ -96,7 +97,9 @@ class Database:
         if meta.setdefault("format", FORMAT) != FORMAT:
             raise ValueError(f"it has format {meta['format']}; this version reads {FORMAT}")
         self._sql.execute("INSERT OR IGNORE INTO meta VALUES ('format', ?)", (FORMAT,))
-        self.generation = int(meta.get("generation", "0")) + 1
+        # Higher than any before: commits of transient rows alone are not written, so the clock helps out. A token from before
+        # the restart must never look like one from after it.
+        self.generation = max(int(meta.get("generation", "0")), time.time_ns() // 1000) + 1
         for ref, cls, text in self._sql.execute("SELECT ref, class, fields FROM object ORDER BY rowid"):
             if cls in CLASSES:
                 self._put((cls, ref), self._from_text(cls, text))

@@ -481,3 +481,39 @@ def test_random_histories_keep_identity(upstream, native_sr, seeds):
                 x.VM.revert(snapshot)
             upstream.holds(disk, held, "1M")
         assert [vbd["VDI"] for vbd in upstream.vbds(vm).values()] == [disk] and upstream.uuid(disk) == uuid
+
+
+def test_vm_that_was_destroyed_comes_back_with_its_disks_under_fixed(fixed):
+    """6.5: the same uuid; upstream, seen above with CloudStack's script, gives it no VBDs."""
+    x = fixed.x
+    disk = fixed.vdi(fixed.sr("destroyed"))
+    vm = fixed.vm("destroyed", (disk,))
+    fixed.fill(disk, 0x11)
+    snapshots = [x.VM.snapshot(vm, name) for name in "ab"]
+    fixed.fill(disk, 0x22)
+    uuid = x.VM.get_uuid(vm)
+    x.VM.destroy(vm)
+    x.VM.revert(snapshots[0])
+    again = x.VM.get_by_uuid(uuid)
+    record = x.VM.get_record(again)
+    assert (record["name_label"], record["is_a_template"], record["is_a_snapshot"]) == ("destroyed", False, False)
+    assert set(record["snapshots"]) == set(snapshots) and record["parent"] == snapshots[0]
+    assert {device: vbd["VDI"] for device, vbd in fixed.vbds(again).items()} == {"0": disk}
+    fixed.holds(disk, 0x11)
+    x.VM.start(again, False, False)
+    x.VM.hard_shutdown(again)
+
+
+def test_sr_that_is_not_plugged(upstream):
+    x = upstream.x
+    sr = upstream.sr("unplugged")
+    disk = upstream.vdi(sr)
+    vm = upstream.vm("unplugged", (disk,))
+    snapshot = x.VM.snapshot(vm, "s")
+    copy = upstream.vbds(snapshot)["0"]["VDI"]
+    [pbd] = x.SR.get_PBDs(sr)
+    x.PBD.unplug(pbd)
+    assert failure(x.VDI.revert, copy) == ["SR_HAS_NO_PBDS", sr]
+    assert failure(x.VM.revert, snapshot) == ["VM_REVERT_FAILED", snapshot, vm]
+    x.PBD.plug(pbd)
+    x.VM.revert(snapshot)
