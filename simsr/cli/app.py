@@ -13,6 +13,8 @@ from simsr.cli.disks import Name, Sr, Vdi, clone, revert, snapshot, vdi_commands
 from simsr.cli.integrity import check, salvage
 from simsr.cli.repositories import sr_commands
 from simsr.cli.space import diff
+from simsr.cli.xapi import xapi_commands
+from simsr.cli.xe import XE_CONTEXT, xe
 from simsr.units import parse_size
 
 __all__ = ["app"]
@@ -39,12 +41,14 @@ app = typer.Typer(
 )
 app.add_typer(sr_commands, name="sr")
 app.add_typer(vdi_commands, name="vdi")
+app.add_typer(xapi_commands, name="xapi")
 app.command("snapshot")(snapshot)
 app.command("clone")(clone)
 app.command("revert")(revert)
 app.command("diff")(diff)
 app.command("check")(check)
 app.command("salvage")(salvage)
+app.command("xe", options_metavar="[--xapi PATH] COMMAND [KEY=VALUE]...", context_settings=XE_CONTEXT)(xe)
 
 Format = Annotated[Optional[str], typer.Option("--format", metavar="FORMAT", help="As qemu-img names it: raw, qcow2, vpc, ...")]
 

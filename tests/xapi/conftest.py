@@ -1,0 +1,57 @@
+"""Fixtures: a world of simsrd, xapi and the stock client for each fidelity, shared by all tests of a module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from wrapped_driver import Plan, wrapped
+from xapi_kit import World
+
+
+@pytest.fixture(scope="module")
+def upstream() -> Iterator[World]:
+    """xapi as it is."""
+    world = World()
+    yield world
+    world.close()
+
+
+@pytest.fixture(scope="module")
+def fixed() -> Iterator[World]:
+    """xapi with the gaps of VM.revert filled."""
+    world = World("--fidelity", "fixed")
+    yield world
+    world.close()
+
+
+@pytest.fixture(scope="module")
+def native_sr(upstream: World) -> str:
+    """An SR whose driver reverts."""
+    return upstream.sr("native")
+
+
+@pytest.fixture(scope="module")
+def wrapped_world() -> Iterator[World]:
+    """xapi with drivers that can be told to fail: ``odd`` like SimSR, ``noclone``, ``norevert``, ``cbt``."""
+    cbt = ("VDI_CONFIG_CBT", "VDI_GENERATE_CONFIG", "VDI_MIRROR")
+    world = World(
+        drivers={
+            "OddSR": wrapped(),
+            "NoCloneSR": wrapped(without=("VDI_CLONE",)),
+            "NoRevertSR": wrapped(without=("VDI_REVERT",)),
+            "CbtSR": wrapped(added=cbt),
+        }
+    )
+    yield world
+    world.close()
+
+
+@pytest.fixture
+def plan(wrapped_world: World) -> Iterator[Plan]:
+    """What the wrapped drivers do next; forgotten after the test."""
+    plan = Plan(wrapped_world)
+    plan.set()
+    plan.forget_calls()
+    yield plan
+    plan.set()

@@ -1,0 +1,115 @@
+"""``simsr xe`` against the real thing: a session as a script would have it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+from xapi_kit import MIB, ROOT
+
+from simsr.cli.xe import Arguments
+from simsr.errors import BadRequest
+
+
+@pytest.fixture
+def xe(upstream):
+    """Run ``simsr xe`` and return its output; with ``status`` given, its complaints."""
+
+    def run(*words: str, status: int = 0) -> str:
+        command = [sys.executable, "-m", "simsr.cli.main", "xe", "--xapi", upstream.xapi.socket, *words]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+        assert done.returncode == status, done.stderr
+        return done.stderr if status else done.stdout.rstrip("\n")
+
+    return run
+
+
+def test_the_life_of_a_disk(xe, upstream):
+    sr = xe("sr-create", "name-label=cli", "type=sim", f"device-config:socket={upstream.simsrd.socket}",
+            f"device-config:xapi_socket={upstream.xapi.socket}")  # fmt: skip
+    disk = xe("vdi-create", f"sr-uuid={sr}", "name-label=root", "virtual-size=4MiB", "other-config:owner=me")
+    assert xe("vdi-param-get", f"uuid={disk}", "param-name=virtual-size") == str(4 * MIB)
+    assert xe("vdi-param-get", f"uuid={disk}", "param-name=other-config", "param-key=owner") == "me"
+    ref = upstream.x.VDI.get_by_uuid(disk)
+    upstream.fill(ref, 0x11)
+    snapshot = xe("vdi-snapshot", f"uuid={disk}")
+    upstream.fill(ref, 0x22)
+    assert xe("vdi-revert", f"uuid={snapshot}") == ""
+    upstream.holds(ref, 0x11)
+    assert set(xe("vdi-list", f"sr-uuid={sr}", "--minimal").split(",")) == {disk, snapshot}
+    assert "REVERT_ONLY_ALLOWED_ON_SNAPSHOT" in xe("vdi-revert", f"uuid={disk}", status=1)
+    xe("vdi-resize", f"uuid={disk}", "disk-size=8MiB")
+    clone = xe("vdi-clone", f"uuid={snapshot}", "new-name-label=copy")
+    for uuid in (disk, snapshot, clone):
+        xe("vdi-destroy", f"uuid={uuid}")
+    pbd = xe("pbd-list", f"sr-uuid={sr}", "--minimal")
+    xe("pbd-unplug", f"uuid={pbd}")
+    xe("sr-destroy", f"uuid={sr}")
+    assert sr not in xe("sr-list", "params=uuid")
+
+
+def test_the_life_of_a_vm_as_cloudstacks_script_reads_it(xe, upstream, native_sr):
+    vm = xe("vm-install", "template=Other install media", "new-name-label=i-2-3-VM")
+    disk = upstream.vdi(native_sr)
+    xe("vbd-create", f"vm-uuid={vm}", f"vdi-uuid={upstream.uuid(disk)}", "device=0")
+    listed = xe("vbd-list", f"vm-uuid={vm}")
+    assert re.search(r"^ *vdi-uuid \( RO\): " + upstream.uuid(disk) + "$", listed, re.M), listed
+    assert re.match(r"uuid \( RO\) +: [0-9a-f-]{36}\n +vm-uuid \( RO\): ", listed)
+    assert len({line.index(": ") for line in listed.splitlines() if line}) == 1
+    xe("vm-start", "vm=i-2-3-VM")
+    snapshot = xe("vm-snapshot", "vm=i-2-3-VM", "new-name-label=s1")
+    assert xe("snapshot-list", "name-label=s1", "--minimal") == snapshot
+    assert xe("vm-list", "name-label=i-2-3-VM", "params=power-state", "--minimal") == "running"
+    xe("vm-shutdown", "force=true", "vm=i-2-3-VM")
+    assert xe("vm-param-get", "param-name=power-state", f"uuid={vm}") == "halted"
+    assert xe("snapshot-revert", f"snapshot-uuid={snapshot}") == ""
+    assert xe("snapshot-revert", f"uuid={snapshot}") == ""
+    xe("vm-destroy", f"uuid={vm}")
+    xe("snapshot-uninstall", f"snapshot-uuid={snapshot}", "--force")
+    assert xe("vm-list", "name-label=i-2-3-VM", "--minimal") == ""
+
+
+def test_parameters(xe, upstream):
+    vm = xe("vm-install", "template=Other install media", "new-name-label=parameters")
+    xe("vm-param-set", f"uuid={vm}", "name-description=what it is for", "other-config:key=value")
+    listed = xe("vm-param-list", f"uuid={vm}")
+    assert re.search(r"name-description \( RW\): what it is for$", listed, re.M)
+    assert re.search(r"other-config \(MRW\): .*key: value", listed)
+    xe("vm-param-remove", f"uuid={vm}", "param-name=other-config", "param-key=key")
+    assert "no such key" in xe("vm-param-get", f"uuid={vm}", "param-name=other-config", "param-key=key", status=2)
+    assert xe("vm-list", "name-description=what it is for", "--minimal") == vm
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (["vm-lst"], 2, "did you mean vm-list?"),
+        (["vm-start"], 2, "vm= or uuid= is missing"),
+        (["vm-start", "vm=nobody"], 10, "no VM is called 'nobody'"),
+        (["vm-start", "uuid=parameters"], 10, "no VM is called"),
+        (["vm-start", "parameters"], 2, "not of the form key=value"),
+        (["host-list", "params=nonsense"], 2, "no such field"),
+        (["vdi-create", "name-label=x"], 2, "sr-uuid"),
+        (["sr-create", "name-label=x", "type=none"], 1, "SR_UNKNOWN_DRIVER none"),
+        (["sr-list", "params=uuid", "nonsense=1"], 2, "no such field"),
+        (["vm-start", "vm=i", "nonsense=1"], 10, "no VM"),
+    ],
+)
+def test_mistakes(xe, words, status, said):
+    answer = xe(*words, status=status)
+    assert said in answer and "Traceback" not in answer
+
+
+def test_arguments_that_nobody_asked_for():
+    arguments = Arguments.parse(["uuid=1", "extra=2"])
+    assert arguments.need("uuid") == "1"
+    with pytest.raises(BadRequest, match="extra"):
+        arguments.finish()
+
+
+def test_nobody_at_the_socket():
+    command = [sys.executable, "-m", "simsr.cli.main", "xe", "--xapi", "/nonexistent", "vm-list"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 4 and "cannot be reached at /nonexistent" in done.stderr
