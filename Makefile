@@ -1,8 +1,12 @@
 # Short names for the scripts, which do all the work and their own set-up; nothing here needs make.
-.PHONY: demo test bench setup clean
+.PHONY: demo test bench bench-store soak setup clean
 
-demo test bench setup:
+demo test bench bench-store setup:
 	@script/$@
+
+# make soak MINUTES=10 SEED=1
+soak:
+	@script/soak $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED))
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .hypothesis

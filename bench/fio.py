@@ -8,10 +8,16 @@ import os
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
 
 from bench.failure import BenchFailure
 
-__all__ = ["Speed", "background_load", "fill_at_random", "fill_in_order", "measure", "overwrite_twice"]
+__all__ = [
+    "Speed", "background_load", "burst", "fill_at_random", "fill_in_order", "fill_sparsely", "load_until_killed", "measure",
+    "overwrite_twice", "write_latencies",
+]  # fmt: skip
 
 RAMP_TIME_S = 0.3
 SLOWEST_BYTES_PER_S = 2 << 20
@@ -38,6 +44,24 @@ def measure(uri: str, options: Sequence[str], seconds: float, seed: int) -> Spee
     return _run(uri, (*options, *timing, f"--randseed={seed}"), seconds + RAMP_TIME_S + 120)
 
 
+def burst(uri: str, options: Sequence[str], io_bytes: int, seed: int) -> Speed:
+    """Run a workload from its first request until ``io_bytes`` are done, and return its speed."""
+    os.sync()
+    timeout_s = 120 + io_bytes / SLOWEST_BYTES_PER_S
+    return _run(uri, (*options, f"--io_size={io_bytes}", f"--randseed={seed}", "--refill_buffers"), timeout_s)
+
+
+def fill_sparsely(uri: str, size_bytes: int, every_bytes: int, run_bytes: int, runs: int) -> None:
+    """Write 4 KiB at the beginning of each ``every_bytes``, and ``runs`` long runs."""
+    timeout_s = 600 + size_bytes / every_bytes / 1000
+    skip = (every_bytes >> 10) - 4
+    blocks = ("--bs=4k", "--iodepth=32", f"--io_size={size_bytes // every_bytes * 4096}", f"--size={size_bytes}")
+    _run(uri, (f"--rw=write:{skip}k", *blocks, "--refill_buffers", "--end_fsync=1"), timeout_s)
+    for run in range(runs):
+        where = (f"--offset={size_bytes // runs * run}", f"--size={run_bytes}")
+        _run(uri, ("--rw=write", "--bs=1M", "--iodepth=4", *where, "--refill_buffers", "--end_fsync=1"), timeout_s)
+
+
 def fill_in_order(uri: str, size_bytes: int) -> None:
     """Write the whole disk with data that no server can compress or share."""
     options = ("--rw=write", "--bs=1M", "--iodepth=4", "--refill_buffers", "--end_fsync=1")
@@ -55,6 +79,32 @@ def overwrite_twice(uri: str, size_bytes: int) -> None:
     """Bring a disk into its steady state: every block has been overwritten twice, in two random orders."""
     for seed in (1001, 1002):
         fill_at_random(uri, size_bytes, seed)
+
+
+def write_latencies(uri: str, seconds: float, seed: int, directory: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Write 4 KiB blocks at random at depth 32 and return for each write when it ended (milliseconds since the epoch) and how long it
+    took (nanoseconds)."""
+    prefix = directory / "latencies"
+    options = ("--rw=randwrite", "--bs=4k", "--iodepth=32", "--time_based", f"--runtime={seconds}", f"--randseed={seed}")
+    logs = (f"--write_lat_log={prefix}", "--log_unix_epoch=1", "--per_job_logs=0", "--disable_slat=1", "--disable_clat=1")
+    _run(uri, (*options, *logs), seconds + 120)
+    log = directory / "latencies_lat.log"
+    table = np.loadtxt(log, delimiter=",", usecols=(0, 1), ndmin=2)
+    for path in directory.glob("latencies_*.log"):
+        path.unlink()
+    return table[:, 0], table[:, 1]
+
+
+@contextlib.contextmanager
+def load_until_killed(uri: str) -> Iterator[None]:
+    """Write 4 KiB blocks at random as fast as it goes; the server may die meanwhile."""
+    options = ("--rw=randwrite", "--bs=4k", "--iodepth=32", "--time_based", "--runtime=3600")
+    load = subprocess.Popen(_command(uri, options), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        load.terminate()
+        load.wait()
 
 
 @contextlib.contextmanager

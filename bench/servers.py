@@ -19,7 +19,7 @@ from pathlib import Path
 from bench.failure import BenchFailure
 from simsr.cli.client import Client
 
-__all__ = ["OPTIONAL", "SERVERS", "Served", "serve", "simsrd"]
+__all__ = ["OPTIONAL", "SERVERS", "Served", "qemu_nbd", "running", "serve", "simsrd"]
 
 START_TIMEOUT_S = 120.0  # simsrd writes its first segments in advance
 STOP_TIMEOUT_S = 30.0
@@ -35,18 +35,25 @@ class Served:
 
 
 @contextlib.contextmanager
-def simsrd(directory: Path) -> Iterator[Client]:
-    """Run our daemon on an empty root with one SR and give a client of its API."""
-    command = [sys.executable, "-m", "simsr.daemon.main", "--root", str(directory)]
-    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+def simsrd(
+    directory: Path,
+    *options: str,
+    new: bool = True,
+    module: str = "simsr.daemon.main",
+    environment: dict[str, str] | None = None,
+) -> Iterator[Client]:
+    """Run our daemon with ``options`` and give a client of its API; on a ``new``, empty root with one SR in it."""
+    command = [sys.executable, "-m", module, "--root", str(directory), *options]
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT), **(environment or {})}
 
     def is_ready(log: Path) -> bool:
         return "simsrd: ready" in log.read_text(errors="replace")
 
-    with _process("simsrd", command, directory, is_ready, environment):
+    with running("simsrd", command, directory, is_ready, environment):
         client = Client(str(directory / "control.sock"))
         try:
-            client.post("/v1/srs", {"name": "bench"})
+            if new:
+                client.post("/v1/srs", {"name": "bench"})
             yield client
         finally:
             client.close()
@@ -62,7 +69,7 @@ def _simsr(directory: Path, size_bytes: int) -> Iterator[str]:
 def _nbdkit(directory: Path, size_bytes: int) -> Iterator[str]:
     path = directory / "nbd.sock"
     command = ["nbdkit", "--foreground", "--unix", str(path), "memory", str(size_bytes)]
-    with _process("nbdkit", command, directory, lambda log: _answers(path)):
+    with running("nbdkit", command, directory, lambda log: _answers(path)):
         yield f"nbd+unix:///?socket={path}"
 
 
@@ -74,9 +81,15 @@ def _qemu(directory: Path, size_bytes: int, *options: str) -> Iterator[str]:
         created = subprocess.run(create, capture_output=True, text=True)
     if created.returncode:
         raise BenchFailure(f"qemu-img cannot create {image}: {created.stderr.strip()}")
-    caching = ["--format=qcow2", "--cache=writeback", *options]
-    command = ["qemu-nbd", "--persistent", *caching, f"--socket={path}", str(image)]
-    with _process("qemu-nbd", command, directory, lambda log: _answers(path)):
+    with qemu_nbd(image, path, *options) as uri:
+        yield uri
+
+
+@contextlib.contextmanager
+def qemu_nbd(image: Path, path: Path, *options: str) -> Iterator[str]:
+    """Serve a qcow2 image on the socket ``path``."""
+    command = ["qemu-nbd", "--persistent", "--format=qcow2", "--cache=writeback", *options, f"--socket={path}", str(image)]
+    with running("qemu-nbd", command, image.parent, lambda log: _answers(path)):
         yield f"nbd+unix:///?socket={path}"
 
 
@@ -104,13 +117,14 @@ def serve(name: str, directory: Path, size_bytes: int) -> Iterator[Served]:
 
 
 @contextlib.contextmanager
-def _process(
+def running(
     name: str,
     command: Sequence[str],
     directory: Path,
     is_ready: Callable[[Path], bool],
     environment: dict[str, str] | None = None,
 ) -> Iterator[None]:
+    """Run a server from when ``is_ready``, which is given the path of its log, until the end of the block."""
     log = directory / "log"
     with open(log, "wb") as output, _installed(command):
         process = subprocess.Popen(

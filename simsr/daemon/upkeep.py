@@ -148,7 +148,7 @@ class Upkeep:
             else:
                 self._no_checkpoint = error
             self.store.end_checkpoint(job, error)
-        self._no_checkpoint = None
+        self._no_checkpoint = self._no_cleaning = None
         self.store.end_checkpoint(job)
 
     async def _shrink(self) -> None:

@@ -10,7 +10,7 @@ same to the same leaves. The victim stays as it is until nothing names it and a 
 at any point loses and duplicates nothing.
 
 Which: the one with the best ratio of benefit to cost, ``(1 - u) * age / (1 + u)`` (Rosenblum and Ousterhout 1992), or the emptiest
-when space is short. Survivors go to segments of their own: they have proved to be cold, so they are not mixed with what is
+when space is short, or plenty. Survivors go to segments of their own: they have proved to be cold, so they are not mixed with what is
 written now. When: between two marks of free segments, so that it does not start and stop all the time.
 
 The counts are upper bounds where snapshots share blocks; what looking at a victim has shown to be in use is remembered.
@@ -30,7 +30,7 @@ from simsr.store import layout
 from simsr.store.checkpoint import Step
 from simsr.store.contents import Blocks, blocks_in, read_summary
 from simsr.store.layout import BLOCK, MOVE_BYTES, Moves
-from simsr.store.log import KEEP_FOR_CLEANING
+from simsr.store.log import KEEP_FOR_CLEANING, KEEP_FOR_WRITES
 from simsr.store.node_table import Absent
 from simsr.store.nodes import PHYSICAL_MASK
 from simsr.store.paging import PageJob
@@ -48,6 +48,7 @@ _VICTIMS = 4
 _LOOK_A_SLICE = 1000
 _GROUPS_A_SLICE = 64
 _GAIN_MIN = 0.04  # a segment that is fuller than this leaves room is not worth it
+_PLENTY = 0.6
 _GARBAGE_PER_LIVE = 1.0  # without a size limit, a store takes about (1 + this) times what is in use ...
 _SLACK_SEGMENTS = 16  # ... and this
 
@@ -91,7 +92,7 @@ class Cleaner:
         return len(self._pool.spares) + (0 if self._pool.cannot_grow else max(0, cap - self._pool.count))
 
     def _marks(self, cap: int) -> tuple[int, int]:
-        low = 6 + cap // 64
+        low = KEEP_FOR_WRITES + 4 + cap // 64
         return low, low + 2 + cap // 64
 
     @property
@@ -108,7 +109,13 @@ class Cleaner:
     @property
     def urgent(self) -> bool:
         """Whether writers are about to wait for space."""
-        return self.free_segments(self.cap_segments) <= 4
+        return self.free_segments(self.cap_segments) <= KEEP_FOR_WRITES + 2
+
+    @property
+    def _has_plenty(self) -> bool:
+        """Whether little more than half of what the store may take is in use. Then the emptiest segments are nearly empty, and moving old
+        and fuller ones for their age's sake only costs (measured at 50 %, 90/10: 1.13 against 1.1 to 1.5 blocks for each)."""
+        return self.live_blocks < _PLENTY * self.cap_segments * self._pool.data_blocks
 
     def _candidates(self) -> Iterator[Segment]:
         for segment in self._pool.by_slot:
@@ -119,8 +126,8 @@ class Cleaner:
         """Whether moving the blocks of a segment gains anything, as far as is known."""
         live = self._table.usage.live[segment.slot]
         known = self._known.get(segment.slot)
-        if live > self._pool.data_blocks and (known is None or known[1] != live):
-            return True  # it is shared, so nobody knows before looking
+        if live > self._pool.data_blocks * (1 - _GAIN_MIN) and (known is None or known[1] != live):
+            return True  # full, or shared, so that some count twice: nobody knows before looking
         return 0 < self.estimate(segment) <= self._pool.data_blocks * (1 - _GAIN_MIN)
 
     @property
@@ -136,7 +143,7 @@ class Cleaner:
 
     def work(self) -> Iterator[Step]:
         """One round: choose a few victims, move what is in use. Raises `NoSpace`, `StoreStopped`, OSError."""
-        greedy, scored = self.urgent, []
+        greedy, scored = self.urgent or self._has_plenty, []
         for looked, segment in enumerate(self._candidates()):
             if not segment.pins and self._is_worth_it(segment):
                 scored.append((self._score(segment, greedy), segment.slot, segment))

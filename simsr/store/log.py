@@ -27,8 +27,9 @@ from simsr.store.segments import Segment, SegmentPool
 
 __all__ = ["Log", "FlushJob", "Position", "KEEP_FOR_WRITES", "KEEP_FOR_CLEANING"]
 
-KEEP_FOR_WRITES, KEEP_FOR_CLEANING = 2, 1
-"""Spares that must be left when a segment is taken for data, or for survivors. Deleting and reverting may take the last."""
+KEEP_FOR_WRITES, KEEP_FOR_CLEANING = 4, 2
+"""Spares that must be left when a segment is taken for data, or for survivors. Deleting and reverting may take the last. Every crash
+leaves two segments half filled behind, so there is more than one of each."""
 
 
 @dataclass(frozen=True)

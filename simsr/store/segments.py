@@ -177,7 +177,7 @@ class SegmentPool:
     def wanted(self, cap: int) -> int:
         """How many spares should be made now, if the store is to have at most ``cap`` segments."""
         in_use = self.count - len(self.spares) - len(self._making)
-        target = min(10, 5 + in_use // 8)
+        target = min(10, 6 + in_use // 8)
         return max(0, min(target - len(self.spares) - len(self._making), cap - self.count))
 
     def take_spare_away(self) -> Segment:

@@ -88,7 +88,7 @@ CHECKPOINT_LOG_BYTES = 256 << 20
 CHECKPOINT_RECORDS = 1 << 16
 DIRTY_PART = 4  # a checkpoint is due when this part of the map memory is dirty
 TABLE_SLACK_BYTES = 1 << 20
-SPARES_MIN = 4  # fewer are a reason for a checkpoint, and for writers to look for room first
+SPARES_MIN = 6  # fewer are a reason for a checkpoint, and for writers to look for room first
 
 
 class Store:
@@ -305,7 +305,7 @@ class Store:
         self.pool.remove_unmade()
         settled = self._checkpoint_with_what_there_is()
         try:
-            self.log.roll(keep=0)
+            self.log.roll()
         except NoSpace:
             return  # reading needs no segment, and what needs one asks again
         if not settled:  # the same number must not be given again, even if this header were lost

@@ -132,9 +132,12 @@ def test_roll_keeps_a_reserve_and_changes_nothing_when_there_is_none():
     assert store.log.active is active and store.pool.spares == spares and store.log.failure is None
     store.log.roll(keep=KEEP_FOR_CLEANING)
     assert store.log.active is spares[-1] and store.pool.spares == spares[:-1]
+    for _ in range(KEEP_FOR_WRITES - KEEP_FOR_CLEANING - 1):
+        store.log.roll(keep=KEEP_FOR_CLEANING)
     with pytest.raises(NoSpace):
         store.log.roll(keep=KEEP_FOR_CLEANING)
-    store.log.roll(keep=0)
+    for _ in range(KEEP_FOR_CLEANING):
+        store.log.roll(keep=0)
     assert store.log.active is spares[0] and not store.pool.spares
 
 

@@ -22,8 +22,8 @@ def pool_over(directory: MemoryDirectory) -> SegmentPool:
 def test_spares_are_made_and_numbered():
     pool = pool_over(MemoryDirectory())
     first, second = pool.next_slot(), pool.next_slot()
-    assert (first, second) == (1, 2) and pool.wanted(1000) == 3, "two are being made, five are wanted"
-    assert [pool.wanted(cap) for cap in (0, 2, 3, 4, 5, 6)] == [0, 0, 1, 2, 3, 3]
+    assert (first, second) == (1, 2) and pool.wanted(1000) == 4, "two are being made, six are wanted"
+    assert [pool.wanted(cap) for cap in (0, 2, 3, 4, 5, 6, 7)] == [0, 0, 1, 2, 3, 4, 4]
     pool.add(second, pool.make_file(second))
     pool.add(first, None)
     assert [segment.slot for segment in pool.spares] == [2]
@@ -58,7 +58,7 @@ def test_new_spares_wait_behind_recycled_ones():
 
 def test_wanted_grows_with_the_store():
     pool = pool_over(MemoryDirectory())
-    assert pool.wanted(1000) == 5
+    assert pool.wanted(1000) == 6
     for index in range(60):
         pool.activate(index, 1, 0, 0, keep=0)
     assert pool.count == 60 and len(pool.spares) + pool.wanted(1000) == 10
