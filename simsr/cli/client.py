@@ -79,6 +79,10 @@ class Client:
         """Return the answer to POST ``path``; members of ``body`` that are None are left out."""
         return self._request("POST", path, json={key: value for key, value in body.items() if value is not None})
 
+    def patch(self, path: str, body: dict[str, Any]) -> Any:
+        """Return the answer to PATCH ``path``."""
+        return self._request("PATCH", path, json=body)
+
     def delete(self, path: str) -> None:
         """Send DELETE ``path``."""
         self._request("DELETE", path)

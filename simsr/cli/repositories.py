@@ -19,7 +19,7 @@ SrName = Annotated[str, typer.Argument(metavar="SR", help="Uuid, unique prefix o
 Json = Annotated[bool, typer.Option("--json", help="Print JSON as the API gives it.")]
 
 
-_SPACE = ("live", "garbage", "reclaimable", "reserved", "free", "map")
+_SPACE = ("live", "shared", "garbage", "reclaimable", "reserved", "free", "map")
 
 
 @sr_commands.command("create")
@@ -48,6 +48,26 @@ def resize(
     client: Client = context.obj.client
     changed = client.post(f"{client.sr_path(sr)}/resize", {"limit_bytes": parse_size(size)})
     say(f"SR {changed['uuid']} may take {format_size(changed['limit_bytes'])} now.")
+
+
+@sr_commands.command("set")
+def set_sr(
+    context: typer.Context,
+    sr: SrName,
+    verify_reads: Annotated[
+        Optional[bool],
+        typer.Option("--verify-reads/--no-verify-reads", help="Verify all blocks that are read, or only those from the disk."),
+    ] = None,
+    name: Annotated[Optional[str], typer.Option("--name", metavar="N", help="Another name.")] = None,
+) -> None:
+    """Change settings of an SR."""
+    client: Client = context.obj.client
+    body: dict[str, Any] = {} if verify_reads is None else {"verify_reads": verify_reads}
+    if name is not None:
+        body["name"] = checked_text("name", name)
+    changed = client.patch(client.sr_path(sr), body)
+    verified = "all reads" if changed["verify_reads"] else "reads from the disk"
+    say(f"SR {changed['uuid']} ({changed['name']}): {verified} are verified.")
 
 
 @sr_commands.command("list")
@@ -79,9 +99,14 @@ def status(
     sr: Annotated[Optional[str], typer.Argument(metavar="[SR]", help="May be left out if there is only one.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show everything about one SR."""
+    """Show everything about one SR.
+
+    What is live and what VDIs share is counted exactly, which takes a while if there is much.
+    """
     client: Client = context.obj.client
     found = client.get(client.sr_path(sr)) if sr is not None else only_sr(client, "sr status")
+    counted = client.get(client.sr_path(found["uuid"], "space"))
+    found["space"] |= {"live_bytes": counted["distinct_bytes"], "shared_bytes": counted["shared_bytes"]}
     if as_json:
         return print_json(found)
     fields = [
@@ -92,6 +117,7 @@ def status(
         ("size", size_and_bytes(found["physical_size_bytes"])),
         ("used", size_and_bytes(found["physical_utilisation_bytes"])),
         ("limit", "none" if found["limit_bytes"] is None else size_and_bytes(found["limit_bytes"])),
+        ("verified", "all reads" if found["verify_reads"] else "reads from the disk only"),
         *((name, size_and_bytes(found["space"][f"{name}_bytes"])) for name in _SPACE),
         ("virtual", size_and_bytes(found["virtual_allocation_bytes"])),
         ("vdis", found["vdi_count"]),

@@ -66,6 +66,7 @@ class SrUpdate(Body):
     name: Text | None = None
     description: Text | None = None
     sm_config: dict[str, str] | None = None
+    verify_reads: bool | None = None
 
 
 class VdiCreate(Body):
@@ -120,6 +121,7 @@ class SrOut(BaseModel):
     sm_config: dict[str, str]
     path: str
     limit_bytes: int | None
+    verify_reads: bool = Field(description="whether reads from memory are verified; those from the disk always are")
     physical_size_bytes: int
     physical_utilisation_bytes: int
     virtual_allocation_bytes: int

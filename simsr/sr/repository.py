@@ -34,6 +34,7 @@ TEXT_MAX = 4096
 SM_CONFIG_MAX = 32768
 _SR_FIELDS = frozenset({"name", "description", "sm_config"})
 _VDI_FIELDS = _SR_FIELDS | {"managed", "read_only", "sharable"}
+_OWN_FIELDS = _SR_FIELDS | {"verify_reads"}
 
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 
@@ -94,7 +95,7 @@ class Repository:
         self.store = store
         self._now, self._new_uuid = now, new_uuid
         self.vdis: dict[str, Vdi] = {}
-        self._apply_limit()
+        self._apply_settings()
         for volume in store.volumes.values():
             self.vdis[volume.meta["uuid"]] = Vdi(volume, self.uuid)
 
@@ -111,8 +112,14 @@ class Repository:
         """What the SR may take on the host's disk; None: what there is."""
         return self.store.meta.get("limit_bytes")
 
-    def _apply_limit(self) -> None:
-        self.store.pool.cap_segments = cap_for(self.limit_bytes, self.store.geometry)
+    @property
+    def verify_reads(self) -> bool:
+        """Whether every block read is held against its checksum, or only those that come from the disk."""
+        return self.store.meta.get("verify_reads", True)
+
+    def _apply_settings(self) -> None:
+        pool = self.store.pool
+        pool.cap_segments, pool.verify_reads = cap_for(self.limit_bytes, self.store.geometry), self.verify_reads
 
     # VDIs.
 
@@ -273,12 +280,13 @@ class Repository:
     # Itself.
 
     def update_self(self, **changes: object) -> None:
-        """Change any of name, description, sm_config of the SR. Raises `BadRequest`."""
-        meta = self._changed(self.store.meta, changes, _SR_FIELDS)
+        """Change any of name, description, sm_config, verify_reads of the SR. Raises `BadRequest`."""
+        meta = self._changed(self.store.meta, changes, _OWN_FIELDS)
         if not meta["name"]:
             raise BadRequest(what="the name of the SR", reason="it is empty")
         if meta != self.store.meta:
             self.store.commit([SetMeta(0, meta)])
+            self._apply_settings()
 
     def resize_self(self, limit_bytes: int) -> None:
         """Change the size limit. Raises `BadSize`, also if what is in use would not fit."""
@@ -289,7 +297,7 @@ class Repository:
             needed = (in_use + SPARES_MIN + 1) * self.store.geometry.segment_bytes
             raise BadSize(size=limit_bytes, reason=f"the SR's segments in use and its reserve take {needed} bytes")
         self.store.commit([SetMeta(0, {**self.store.meta, "limit_bytes": limit_bytes})])
-        self._apply_limit()
+        self._apply_settings()
 
     def check_deletable(self) -> None:
         """Raise `SrNotEmpty` or `SrInUse` if the SR cannot be deleted."""
@@ -312,6 +320,7 @@ class Repository:
             "sm_config": self.store.meta["sm_config"],
             "path": self.store.directory.path,
             "limit_bytes": limit_bytes,
+            "verify_reads": self.verify_reads,
             "physical_size_bytes": limit_bytes or taken + self.store.directory.free_bytes(),
             "physical_utilisation_bytes": space["live_bytes"] + space["map_bytes"],
             "virtual_allocation_bytes": sum(vdi.size_bytes for vdi in self.vdis.values()),

@@ -81,6 +81,7 @@ class SegmentPool:
         self._making: set[int] = set()
         self._unmade: list[str] = []
         self.cap_segments: int | None = None  # the size limit of the SR
+        self.verify_reads = True  # hold what is read from memory against its checksum; what comes from the disk always is
         self.cannot_grow = False  # the last attempt to make a segment file found no room
 
     @property

@@ -161,13 +161,14 @@ class Volume:
     def read(self, batch: Sequence[tuple[int, memoryview]]) -> list[int]:
         """Fill the view of each (offset, view) from memory; returns the indices of those that would wait for the disk.
 
-        Ranges must lie inside the volume. Raises `BlockDamaged` or OSError for the first request that fails; a caller
+        Checksums are verified unless the SR is set not to (`SegmentPool.verify_reads`). Ranges must lie inside the volume. Raises `BlockDamaged` or OSError for the first request that fails; a caller
         that must know which one repeats them one by one.
         """
         cold = []
         cache, bits = self.map.cache, self.map.bits
         mask = self.map.fanout - 1
         by_slot, shift, block_mask = self._pool.by_slot, self._shift, self._block_mask
+        verify = self._pool.verify_reads
         for index, (offset, view) in enumerate(batch):
             if len(view) != BLOCK or offset & _BLOCK_MASK:
                 try:
@@ -190,7 +191,7 @@ class Volume:
             physical = entry & PHYSICAL_MASK
             if not by_slot[physical >> shift].file.read_cached(view, (physical & block_mask) << _BLOCK_SHIFT):
                 cold.append(index)
-            elif crc32c(view) != entry >> 32:
+            elif verify and crc32c(view) != entry >> 32:
                 raise self._damaged(offset, physical)
         return cold
 
@@ -229,7 +230,7 @@ class Volume:
         file = self._pool.by_slot[first >> self._shift].file
         if not file.read_cached(view, (first & self._block_mask) << _BLOCK_SHIFT):
             return False
-        if list(map(crc32c, self._blocks_of(view))) != wanted:
+        if self._pool.verify_reads and list(map(crc32c, self._blocks_of(view))) != wanted:
             self._verify(view, np.frombuffer(slots[index : index + count], dtype=np.uint64), offset)
         return True
 
@@ -251,7 +252,8 @@ class Volume:
                 target[at : at + length] = bytes(length)
             elif not segment.file.read_cached(target[at : at + length], position):
                 return False
-        self._verify(target, entries, start)
+        if self._pool.verify_reads or not whole:  # a part of a block may be on its way into a new one, with a checksum of its own
+            self._verify(target, entries, start)
         if not whole:
             view[:] = target[head : head + len(view)]
         return True
@@ -419,8 +421,10 @@ class Volume:
             old = bytearray(BLOCK)
             if fetched is not None and block in fetched and fetched[block][0] == self._entries(block, block + 1)[0]:
                 old[:] = fetched[block][1]
-            elif self.read([(block << _BLOCK_SHIFT, memoryview(old))]):
+            elif not self._read_long(block << _BLOCK_SHIFT, memoryview(old)):
                 return False
+            else:
+                self._verify(memoryview(old), self._entries(block, block + 1), block << _BLOCK_SHIFT)
             low, high = max(offset, block << _BLOCK_SHIFT), min(end, (block + 1) << _BLOCK_SHIFT)
             old[low & _BLOCK_MASK : (low & _BLOCK_MASK) + high - low] = (
                 bytes(high - low) if view is None else view[low - offset : high - offset]

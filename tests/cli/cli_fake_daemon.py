@@ -105,6 +105,7 @@ class FakeDaemon:
             "vdi_count": len(own),
             "snapshot_count": sum(vdi["is_a_snapshot"] for vdi in own),
             "limit_bytes": None,
+            "verify_reads": True,
             "space": {f"{name}_bytes": 4096 for name in ("live", "garbage", "reclaimable", "reserved", "free", "map", "segment")},
         }
 
@@ -128,6 +129,10 @@ class FakeDaemon:
 
     def do_GET_srs_one(self, name: str, **_: Any) -> tuple[int, Any]:
         return 200, self.sr(name)
+
+    def do_GET_srs_space_one(self, name: str, **_: Any) -> tuple[int, Any]:
+        found = self.sr(name)
+        return 200, {"uuid": found["uuid"], "name": found["name"], "distinct_bytes": 8192, "shared_bytes": 512, "vdis": []}
 
     def do_DELETE_srs_one(self, name: str, **_: Any) -> tuple[int, Any]:
         found = self.sr(name)

@@ -60,11 +60,14 @@ def test_sr_status_names_the_sr_in_any_way(simsr, sr, words):
     assert done.status == 0
     assert "name:          main" in done.lines
     assert "used:          1.5 GiB (1610612736 bytes)" in done.lines
+    assert "live:          8 KiB (8192 bytes)" in done.lines and "shared:        512 B (512 bytes)" in done.lines
     assert "log.segments:  3" in done.lines
 
 
 def test_sr_status_json_is_an_object(simsr, daemon, sr):
-    assert json.loads(simsr("sr", "status", "--json").out) == daemon.sr("main")
+    expected = daemon.sr("main")
+    expected["space"] |= {"live_bytes": 8192, "shared_bytes": 512}
+    assert json.loads(simsr("sr", "status", "--json").out) == expected
 
 
 def test_sr_status_without_a_name_needs_exactly_one_sr(simsr, daemon):
