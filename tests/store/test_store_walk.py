@@ -258,8 +258,8 @@ def test_any_family_tree(small_slices, changes):
         volumes = list(store.volumes.values())
         one, other = volumes[which % len(volumes)], volumes[a % len(volumes)]
         blocks = one.size_bytes // BLOCK
-        first = a % blocks
-        count = 1 + b % min(6, blocks - first)
+        first = a % max(1, blocks)
+        count = min(1 + b % 6, blocks - first)
         if what == "write":
             put(one, first * BLOCK, b"".join(content(tag * 10 + n) for n in range(count)))
         elif what == "zero":
