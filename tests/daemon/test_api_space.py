@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import threading
 from collections.abc import AsyncIterator
@@ -263,7 +262,7 @@ async def test_a_checkpoint_in_the_middle_of_a_walk_does_not_count_it():
             if not survivors:
                 rig.store.checkpoint()
                 while not survivors:
-                    with contextlib.suppress(RuntimeError):  # a thread makes spare segments meanwhile
+                    with suppress(RuntimeError):  # a thread makes spare segments meanwhile
                         survivors.append(rig.store.directory.after_kill())
 
         survey = await rig.walks.run(rig.mounted, lambda: Watched(rig.store, between))
