@@ -39,6 +39,8 @@ __all__ = [
     "DaemonUnreachable",
     "BadScenario",
     "BadTrace",
+    "UnknownPersonality",
+    "SnapshotChainTooLong",
 ]
 
 
@@ -291,3 +293,26 @@ class BadTrace(BadRequest):
 
     exit_code = 41
     hint = "Name the right format, or repair or cut the trace there."
+
+
+class UnknownPersonality(BadRequest):
+    """there is no personality {name!r} of SRs"""
+
+    exit_code = 44
+    sm_fault = 91
+    xenapi_code = "SR_BACKEND_FAILURE_91"
+
+    def __init__(self, hint: str = "", **details: object) -> None:
+        super().__init__(**details)
+        self.hint = hint or self.hint
+
+
+class SnapshotChainTooLong(SimsrError):
+    """cannot {operation} VDI {uuid}: its chain has {length} images already, and SRs like {personality} take no more"""
+
+    exit_code = 45
+    nbd_errno = errno.ENOSPC
+    sm_fault = 109
+    xenapi_code = "SR_BACKEND_FAILURE_109"
+    http_status = 409
+    hint = "Delete snapshots that are not needed; chains of images that nobody else uses are merged."

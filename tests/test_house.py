@@ -22,7 +22,7 @@ FLOORS = [  # highest first; folders on one floor know nothing of each other
     {"simsr.sr"},
     {"simsr.store"},
 ]
-FOUNDATION = {"simsr", "simsr.errors", "simsr.units"}
+FOUNDATION = {"simsr", "simsr.errors", "simsr.units", "simsr.personalities"}
 CLIENTS = {"simsr.cli", "simsr.web", "simsr.smapi", "simsr.xapi"}
 """They talk to the daemon over HTTP: of the rest of the house they may know only that the daemon can be started."""
 

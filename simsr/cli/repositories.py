@@ -9,6 +9,7 @@ import typer
 from simsr.cli.client import Client, checked_text
 from simsr.cli.failures import NameNeeded, NoSr
 from simsr.cli.output import print_fields, print_json, print_table, say, size_and_bytes
+from simsr.personalities import find_personality
 from simsr.units import format_size, parse_size
 
 __all__ = ["sr_commands", "only_sr", "Json"]
@@ -29,12 +30,17 @@ def create(
     size: Annotated[
         Optional[str], typer.Option("--size", metavar="SIZE", help="What it may take on the disk (default: what there is).")
     ] = None,
+    personality: Annotated[
+        str, typer.Option("--personality", metavar="P", help="The type of SR that it is like: see 'simsr personality list'.")
+    ] = "sim",
 ) -> None:
     """Create an SR and print its uuid."""
     client: Client = context.obj.client
     body: dict[str, Any] = {"name": checked_text("name", name)}
     if size is not None:
         body["limit_bytes"] = parse_size(size)
+    if personality != "sim":
+        body["personality"] = find_personality(personality).name
     print(client.post("/v1/srs", body)["uuid"])
 
 
@@ -86,10 +92,11 @@ def list_srs(context: typer.Context, as_json: Json = False) -> None:
             format_size(sr["virtual_allocation_bytes"]),
             format_size(sr["physical_utilisation_bytes"]),
             format_size(sr["physical_size_bytes"]),
+            sr["personality"],
         )
         for sr in repositories
     ]
-    headings = ("UUID", "NAME", "VDIS", "SNAPSHOTS", "VIRTUAL", "USED", "SIZE")
+    headings = ("UUID", "NAME", "VDIS", "SNAPSHOTS", "VIRTUAL", "USED", "SIZE", "LIKE")
     print_table(headings, rows, right="VDIS SNAPSHOTS VIRTUAL USED SIZE")
 
 
@@ -113,6 +120,7 @@ def status(
         ("uuid", found["uuid"]),
         ("name", found["name"]),
         ("description", found["description"]),
+        ("like", found["personality"]),
         ("path", found["path"]),
         ("size", size_and_bytes(found["physical_size_bytes"])),
         ("used", size_and_bytes(found["physical_utilisation_bytes"])),

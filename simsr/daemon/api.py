@@ -22,6 +22,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from simsr import __version__
+from simsr.daemon.api_personality import personality_router
 from simsr.daemon.api_scrub import scrub_router
 from simsr.daemon.api_space import space_router
 from simsr.daemon.host import Host, Mounted
@@ -56,6 +57,7 @@ class SrCreate(Body):
     description: Text = ""
     sm_config: dict[str, str] = {}
     limit_bytes: LimitBytes | None = None
+    personality: Text = Field("sim", description="the type of SR that this one is like; see /v1/personalities")
 
 
 class SrResize(Body):
@@ -121,6 +123,7 @@ class SrOut(BaseModel):
     sm_config: dict[str, str]
     path: str
     limit_bytes: int | None
+    personality: str
     verify_reads: bool = Field(description="whether reads from memory are verified; those from the disk always are")
     physical_size_bytes: int
     physical_utilisation_bytes: int
@@ -209,6 +212,7 @@ def make_app(host: Host, control_socket: str | None, nbd_tcp: str | None) -> Fas
     _add_history_routes(app, host)
     app.include_router(scrub_router(host))
     app.include_router(space_router(host))
+    app.include_router(personality_router())
     app.openapi()  # built here, not by the first request, which would stall everything else
     return app
 
@@ -285,7 +289,7 @@ def _add_sr_routes(app: FastAPI, host: Host) -> None:
         """Make an SR."""
         began = trio.current_time()
         sm_config = check_sm_config(body.sm_config)
-        mounted = await host.create_sr(body.name, body.uuid, body.description, sm_config, body.limit_bytes)
+        mounted = await host.create_sr(body.name, body.uuid, body.description, sm_config, body.limit_bytes, body.personality)
         _timed(response, began)
         return describe(mounted)
 

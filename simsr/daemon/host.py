@@ -32,7 +32,8 @@ import trio
 from nbd_export.handshake import ExportInfo
 from nbd_export.server import NbdServer, listen_unix
 from simsr.daemon.engine import Disk, Engine
-from simsr.errors import Ambiguous, BadRequest, NotFound, SimsrError, SrExists, StoreLocked, VdiExists, VdiInUse
+from simsr.errors import Ambiguous, BadRequest, NotFound, SimsrError, SrExists, StoreLocked, UnknownPersonality, VdiExists, VdiInUse
+from simsr.personalities import find_personality
 from simsr.sr.lookup import resolve
 from simsr.sr.repository import Repository, check_text, check_uuid
 from simsr.sr.space import check_limit, geometry_for
@@ -129,6 +130,13 @@ class Host:
             log.error("SR not opened: %s. %s", error, getattr(error, "hint", ""))
             self.failed[path] = str(error)
             return
+        try:
+            find_personality(store.meta.get("personality", "sim"))
+        except UnknownPersonality as error:  # a newer simsr made it
+            log.error("SR %s not opened: %s. %s", path, error, error.hint)
+            self.failed[path] = str(error)
+            await trio.to_thread.run_sync(store.close)
+            return
         recovered = store.recovered
         if recovered["records_replayed"] or recovered["records_dropped"]:
             log.info(
@@ -191,13 +199,18 @@ class Host:
     # SRs.
 
     async def create_sr(
-        self, name: str, uuid: str | None, description: str, sm_config: dict[str, str], limit_bytes: int | None = None
-    ) -> Mounted:
-        """Make an SR that may take ``limit_bytes`` on the disk (None: what there is). Raises `BadSize`, `SrExists`, `BadRequest`, `NoSpace`; nothing is left behind then."""
+        self, name: str, uuid: str | None, description: str, sm_config: dict[str, str], limit_bytes: int | None = None,
+        personality: str = "sim",
+    ) -> Mounted:  # fmt: skip
+        """Make an SR that may take ``limit_bytes`` on the disk (None: what there is), like SRs of type ``personality``.
+
+        Raises `BadSize`, `SrExists`, `BadRequest`, `UnknownPersonality`, `NoSpace`; nothing is left behind then.
+        """
         uuid = check_uuid(uuid) if uuid else _new_uuid()
         meta = {
             "uuid": uuid, "name": check_text("name", name), "description": check_text("description", description),
             "sm_config": dict(sm_config), "limit_bytes": None if limit_bytes is None else check_limit(limit_bytes),
+            "personality": find_personality(personality).name,
         }  # fmt: skip
         if not name:
             raise BadRequest(what="the name of the SR", reason="it is empty")
@@ -321,12 +334,13 @@ class Host:
     def find(self, name: str) -> ExportInfo | None:
         try:
             if name:
-                _, vdi = self.find_vdi(name)
+                mounted, vdi = self.find_vdi(name)
             else:
-                (vdi,) = self.all_vdis()
+                ((mounted, vdi),) = ((m, vdi) for m in self.mounted.values() for vdi in m.repository.vdis.values())
         except (NotFound, Ambiguous, ValueError):
             return None
-        return ExportInfo(vdi.uuid, vdi.size_bytes, vdi.read_only, vdi.name.encode()[:256].decode(errors="ignore"))
+        read_only = mounted.repository.imitation.export_read_only(vdi)
+        return ExportInfo(vdi.uuid, vdi.size_bytes, read_only, vdi.name.encode()[:256].decode(errors="ignore"))
 
     def names(self) -> Iterable[str]:
         return [vdi.uuid for vdi in self.all_vdis()]
@@ -334,7 +348,7 @@ class Host:
     def attach(self, name: str, client: str) -> Disk:
         mounted, vdi = self.find_vdi(name)
         key = object()
-        mounted.repository.attach(vdi, key, client, not vdi.read_only, "nbd")
+        mounted.repository.attach(vdi, key, client, not mounted.repository.imitation.export_read_only(vdi), "nbd")
         return Disk(mounted.engine, vdi.volume, lambda: mounted.repository.detach(vdi, key))
 
     def statistics(self) -> dict[str, object]:

@@ -20,10 +20,13 @@ from dataclasses import dataclass
 
 from simsr.errors import BadRequest, BadSize, NotASnapshot, NotFound, ShrinkRefused, SnapshotOfOther
 from simsr.errors import SrInUse, SrNotEmpty, VdiExists, VdiInUse, VdiReadOnly
+from simsr.personalities import find_personality
+from simsr.sr.imitation import Imitation
 from simsr.sr.space import cap_for, check_limit, describe_space
 from simsr.sr.vdi import VDI_TYPES, Attachment, Vdi
 from simsr.store.layout import BLOCK
 from simsr.store.store import SPARES_MIN, Create, Delete, Reset, Resize, SetMeta, Store
+from simsr.store.volume import Volume
 from simsr.store.walk import Diff, Survey, VolumeSpace
 
 __all__ = ["Repository", "Reverted", "check_uuid", "check_text", "check_sm_config", "SIZE_MAX_BYTES", "SECTOR_BYTES"]
@@ -95,9 +98,14 @@ class Repository:
         self.store = store
         self._now, self._new_uuid = now, new_uuid
         self.vdis: dict[str, Vdi] = {}
+        self.imitation = Imitation(find_personality(self.personality), self.vdis, lambda: self.name, self._physical)
         self._apply_settings()
         for volume in store.volumes.values():
-            self.vdis[volume.meta["uuid"]] = Vdi(volume, self.uuid)
+            self._register(volume)
+
+    def _register(self, volume: Volume) -> Vdi:
+        vdi = self.vdis[volume.meta["uuid"]] = Vdi(volume, self.uuid, self.imitation.shown)
+        return vdi
 
     @property
     def uuid(self) -> str:
@@ -111,6 +119,11 @@ class Repository:
     def limit_bytes(self) -> int | None:
         """What the SR may take on the host's disk; None: what there is."""
         return self.store.meta.get("limit_bytes")
+
+    @property
+    def personality(self) -> str:
+        """The type of SR that this one is like (`simsr.personalities`)."""
+        return self.store.meta.get("personality", "sim")
 
     @property
     def verify_reads(self) -> bool:
@@ -137,13 +150,16 @@ class Repository:
         """Make an empty disk; its size is rounded up to whole sectors. Raises `BadRequest`, `BadSize`, `VdiExists`."""
         if type not in VDI_TYPES:
             raise BadRequest(what=f"VDI type {type!r}", reason=f"it is none of {', '.join(sorted(VDI_TYPES))}")
+        size_bytes, more = self.imitation.admit(_round_size(size_bytes), sm_config or {})
         return self._add(
-            _round_size(size_bytes), None, uuid, name=check_text("name", name), sharable=sharable, read_only=read_only,
+            size_bytes, None, uuid, name=check_text("name", name), sharable=sharable, read_only=read_only,
             description=check_text("description", description), type=type, sm_config=check_sm_config(sm_config or {}),
-            snapshot_of=None, snapshot_time=None,
+            snapshot_of=None, snapshot_time=None, **more,
         )  # fmt: skip
 
-    def _add(self, size_bytes: int, source: Vdi | None, uuid: str | None, **meta: object) -> Vdi:
+    def _add(
+        self, size_bytes: int, source: Vdi | None, uuid: str | None, source_meta: dict | None = None, **meta: object
+    ) -> Vdi:
         if source is not None:
             self._refuse_if_gone(source)
         uuid = self._new_uuid() if uuid is None else check_uuid(uuid)
@@ -152,16 +168,21 @@ class Repository:
         family = source.family if source else uuid
         meta = {"uuid": uuid, "family": family, "created_time": self._now(), "managed": True, **meta}
         ident = self.store.new_ident()
-        self.store.commit([Create(ident, size_bytes, meta, source.volume.ident if source else None)])
-        vdi = self.vdis[uuid] = Vdi(self.store.volumes[ident], self.uuid)
-        return vdi
+        ops: list[Create | SetMeta] = [Create(ident, size_bytes, meta, source.volume.ident if source else None)]
+        if source and source_meta is not None:
+            ops.append(SetMeta(source.volume.ident, source_meta))
+        self.store.commit(ops)
+        return self._register(self.store.volumes[ident])
 
     def delete(self, vdi: Vdi) -> None:
-        """Remove a VDI; its snapshots and clones stay as they are. Raises `VdiInUse`, `NotFound`."""
+        """Remove a VDI; its snapshots and clones stay as they are (but see `Imitation.dying_with`). Raises `VdiInUse`, `NotFound`."""
         self._refuse_if_gone(vdi)
-        self._refuse_if_used(vdi, "delete")
-        self.store.commit([Delete(vdi.volume.ident)])
-        del self.vdis[vdi.uuid]
+        dying = [vdi, *self.imitation.dying_with(vdi)]
+        for one in dying:
+            self._refuse_if_used(one, "delete")
+        self.store.commit([Delete(one.volume.ident) for one in dying])
+        for one in dying:
+            del self.vdis[one.uuid]
 
     def resize(self, vdi: Vdi, size_bytes: int) -> None:
         """Grow a disk, attached or not; clients see it when they connect anew. Raises `ShrinkRefused`, `VdiReadOnly`."""
@@ -169,6 +190,7 @@ class Repository:
         size_bytes = _round_size(size_bytes)
         if vdi.read_only:
             raise VdiReadOnly(uuid=vdi.uuid)
+        size_bytes = self.imitation.admit_resize(vdi, size_bytes)
         if size_bytes < vdi.size_bytes:
             raise ShrinkRefused(uuid=vdi.uuid, old_bytes=vdi.size_bytes, size=size_bytes)
         if size_bytes > vdi.size_bytes:
@@ -204,25 +226,29 @@ class Repository:
         sm_config: dict[str, str] | None = None,
     ) -> Vdi:  # fmt: skip
         """Keep the content of ``vdi`` as it is now, attached or not, in a VDI that never changes. O(1)."""
-        return self._descend(vdi, uuid, name, description, sm_config, snapshot_of=vdi.uuid, snapshot_time=self._now())
+        meta = {"snapshot_of": vdi.uuid, "snapshot_time": self._now()}
+        return self._descend(vdi, "snapshot", uuid, name, description, sm_config, **meta)
 
     def clone(
         self, vdi: Vdi, *, uuid: str | None = None, name: str | None = None, description: str | None = None,
         sm_config: dict[str, str] | None = None,
     ) -> Vdi:  # fmt: skip
         """Make a disk with the content of ``vdi``, which may be a snapshot. O(1)."""
-        return self._descend(vdi, uuid, name, description, sm_config, snapshot_of=None, snapshot_time=None)
+        return self._descend(vdi, "clone", uuid, name, description, sm_config, snapshot_of=None, snapshot_time=None)
 
     def _descend(
-        self, vdi: Vdi, uuid: str | None, name: str | None, description: str | None, sm_config: dict | None, **meta: object
-    ) -> Vdi:
+        self, vdi: Vdi, operation: str, uuid: str | None, name: str | None, description: str | None, sm_config: dict | None,
+        **meta: object,
+    ) -> Vdi:  # fmt: skip
         old = vdi.volume.meta
+        self._refuse_if_gone(vdi)
+        more, source_meta = self.imitation.admit_copy(vdi, operation, self.store.log.seq)
         return self._add(
-            vdi.size_bytes, vdi, uuid,
+            vdi.size_bytes, vdi, uuid, source_meta,
             name=old["name"] if name is None else check_text("name", name),
             description=old["description"] if description is None else check_text("description", description),
             type=old["type"], sharable=False, read_only=False,
-            sm_config=dict(old["sm_config"]) if sm_config is None else check_sm_config(sm_config), **meta,
+            sm_config=dict(old["sm_config"]) if sm_config is None else check_sm_config(sm_config), **meta, **more,
         )  # fmt: skip
 
     def revert(self, snapshot: Vdi, target: str | None = None) -> Reverted:
@@ -240,11 +266,12 @@ class Repository:
         if vdi.uuid != snapshot.snapshot_of and (vdi.family != snapshot.family or vdi.is_a_snapshot):
             raise SnapshotOfOther(snapshot=snapshot.uuid, origin=snapshot.snapshot_of, target=vdi.uuid)
         self._refuse_if_used(vdi, "revert")
+        meta = self.imitation.admit_revert(snapshot, vdi)
         ours, theirs = vdi.volume, snapshot.volume
         size_changed = ours.size_bytes != theirs.size_bytes
         changed = size_changed or ours.map.root != theirs.map.root
         if changed:
-            self.store.commit([Reset(ours.ident, theirs.ident)])
+            self.store.commit([Reset(ours.ident, theirs.ident), *([SetMeta(ours.ident, meta)] if meta else [])])
         return Reverted(vdi, changed, size_changed)
 
     # Use.
@@ -257,6 +284,7 @@ class Repository:
         """
         if writable and vdi.read_only:
             raise VdiReadOnly(uuid=vdi.uuid)
+        self.imitation.admit_attach(vdi, writable, kind)
         if kind == "attach" and not vdi.volume.meta["sharable"]:
             for other_key, other in vdi.attachments.items():
                 if other.kind == "attach" and other_key != key and (other.writable or writable):
@@ -307,26 +335,34 @@ class Repository:
         if self.vdis:
             raise SrNotEmpty(name=self.name, count=len(self.vdis))
 
+    def _physical(self) -> tuple[int, int]:
+        """The size of the SR and how much of it is used, in bytes."""
+        space = describe_space(self.store)
+        size = self.limit_bytes or space["segment_bytes"] + space["map_bytes"] + self.store.directory.free_bytes()
+        if self.imitation.personality.thick:
+            return size, sum(map(self.imitation.utilisation_bytes, self.vdis.values()))
+        return size, space["live_bytes"] + space["map_bytes"]
+
     def describe(self) -> dict:
         """Everything there is to tell, as JSON has it."""
         statistics = self.store.statistics()
         snapshots = sum(vdi.is_a_snapshot for vdi in self.vdis.values())
-        space, limit_bytes = describe_space(self.store), self.limit_bytes
-        taken = space["segment_bytes"] + space["map_bytes"]
+        physical_size_bytes, physical_utilisation_bytes = self._physical()
         return {
             "uuid": self.uuid,
             "name": self.name,
             "description": self.store.meta["description"],
             "sm_config": self.store.meta["sm_config"],
             "path": self.store.directory.path,
-            "limit_bytes": limit_bytes,
+            "limit_bytes": self.limit_bytes,
+            "personality": self.personality,
             "verify_reads": self.verify_reads,
-            "physical_size_bytes": limit_bytes or taken + self.store.directory.free_bytes(),
-            "physical_utilisation_bytes": space["live_bytes"] + space["map_bytes"],
+            "physical_size_bytes": physical_size_bytes,
+            "physical_utilisation_bytes": physical_utilisation_bytes,
             "virtual_allocation_bytes": sum(vdi.size_bytes for vdi in self.vdis.values()),
             "vdi_count": len(self.vdis),
             "snapshot_count": snapshots,
-            "space": space,
+            "space": describe_space(self.store),
             "statistics": statistics,
         }
 

@@ -6,6 +6,7 @@ with the daemon.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from simsr.store.volume import Volume
@@ -30,9 +31,10 @@ class Attachment:
 class Vdi:
     """One VDI. Properties are read from the volume; `Repository` changes them."""
 
-    def __init__(self, volume: Volume, sr: str) -> None:
+    def __init__(self, volume: Volume, sr: str, shown: Callable[[Vdi], dict[str, object]] = lambda _: {}) -> None:
         self.volume = volume
         self.sr = sr
+        self._shown = shown  # what an SR that is like another type tells instead
         self.attachments: dict[object, Attachment] = {}
 
     @property
@@ -94,4 +96,4 @@ class Vdi:
             "attached": [
                 {"client": a.client, "writable": a.writable, "kind": a.kind} for a in self.attachments.values()
             ],
-        }
+        } | self._shown(self)

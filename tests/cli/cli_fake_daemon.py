@@ -105,6 +105,7 @@ class FakeDaemon:
             "vdi_count": len(own),
             "snapshot_count": sum(vdi["is_a_snapshot"] for vdi in own),
             "limit_bytes": None,
+            "personality": "sim",
             "verify_reads": True,
             "space": {f"{name}_bytes": 4096 for name in ("live", "garbage", "reclaimable", "reserved", "free", "map", "segment")},
         }

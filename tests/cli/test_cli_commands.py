@@ -44,9 +44,9 @@ def test_sr_list_is_a_table_with_numbers_to_the_right(simsr, daemon, sr, disk, s
     done = simsr("sr", "list")
     assert done.status == 0
     assert done.lines == [
-        "UUID                                  NAME                VDIS  SNAPSHOTS  VIRTUAL     USED     SIZE",
-        "5b4d1f0e-3a52-4b8d-a4a3-2d1c6f7e4404  main                   2          1   20 GiB  1.5 GiB  100 GiB",
-        "0f4d1f0e-3a52-4b8d-a4a3-2d1c6f7e4404  a rather long name     0          0      0 B  1.5 GiB  100 GiB",
+        "UUID                                  NAME                VDIS  SNAPSHOTS  VIRTUAL     USED     SIZE  LIKE",
+        "5b4d1f0e-3a52-4b8d-a4a3-2d1c6f7e4404  main                   2          1   20 GiB  1.5 GiB  100 GiB  sim",
+        "0f4d1f0e-3a52-4b8d-a4a3-2d1c6f7e4404  a rather long name     0          0      0 B  1.5 GiB  100 GiB  sim",
     ]
 
 

@@ -19,7 +19,7 @@ VDI_KEYS = {
 }  # fmt: skip
 SR_KEYS = {
     "uuid", "name", "description", "path", "sm_config", "physical_size_bytes", "physical_utilisation_bytes",
-    "virtual_allocation_bytes", "vdi_count", "snapshot_count", "statistics", "limit_bytes", "space", "verify_reads",
+    "virtual_allocation_bytes", "vdi_count", "snapshot_count", "statistics", "limit_bytes", "space", "verify_reads", "personality",
 }  # fmt: skip
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
