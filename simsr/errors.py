@@ -30,6 +30,12 @@ __all__ = [
     "ShrinkRefused",
     "Unsupported",
     "NoSpace",
+    "WrongKind",
+    "NoCbt",
+    "NoChangedBlocks",
+    "CbtSizes",
+    "NotAllowed",
+    "TooLarge",
     "StoreError",
     "StoreDamaged",
     "StoreFormat",
@@ -220,6 +226,65 @@ class NoSpace(SimsrError):
     xenapi_code = "SR_BACKEND_FAILURE_44"
     http_status = 507
     hint = "Delete VDIs or snapshots, or give the host's file system more room."
+
+
+class WrongKind(SimsrError):
+    """cannot {operation} VDI {uuid}: it is {kind}"""
+
+    exit_code = 50
+    nbd_errno = errno.EPERM
+    sm_fault = 46
+    xenapi_code = "VDI_INCOMPATIBLE_TYPE"
+    http_status = 409
+    hint = "'simsr vdi show' tells what it is; choose a VDI of another kind, or change that first."
+
+
+class NoCbt(SimsrError):
+    """cannot {operation} VDI {uuid}: changed blocks are not tracked for it"""
+
+    exit_code = 51
+    nbd_errno = errno.EINVAL
+    sm_fault = 460
+    xenapi_code = "VDI_NO_CBT_METADATA"
+    http_status = 409
+    hint = "Enable CBT on the disk first; the snapshots made after that have it, too."
+
+
+class NoChangedBlocks(SimsrError):
+    """changed blocks from VDI {old} to VDI {new} cannot be listed: {reason}"""
+
+    exit_code = 52
+    nbd_errno = errno.EINVAL
+    sm_fault = 460
+    xenapi_code = "SR_BACKEND_FAILURE_460"
+    http_status = 409
+    hint = "Name a snapshot of the disk, made while CBT was enabled, and then a later one or the disk itself; or copy everything."
+
+
+class CbtSizes(NoChangedBlocks):
+    """changed blocks from VDI {old} to VDI {new} cannot be listed: {reason}"""
+
+    exit_code = 53
+    sm_fault = 459
+    xenapi_code = "SR_BACKEND_FAILURE_459"
+    hint = "The disk was made smaller by a revert. Copy everything once, and go on from there."
+
+
+class NotAllowed(SimsrError):
+    """the request is not allowed: {reason}"""
+
+    exit_code = 54
+    nbd_errno = errno.EPERM
+    sm_fault = 47
+    xenapi_code = "SR_BACKEND_FAILURE_47"
+    http_status = 401
+    hint = "Send 'Authorization: Bearer TOKEN' with the token in the file that simsrd was given as --token-file."
+
+
+class TooLarge(BadRequest):
+    """{what} is too large: {reason}"""
+
+    http_status = 413
 
 
 class StoreError(SimsrError):

@@ -7,18 +7,22 @@ from string import Formatter
 import pytest
 
 from simsr import errors
-from simsr.errors import BadRequest, BadSize, SimsrError, StoreError, Unsupported
+from simsr.errors import BadRequest, BadSize, SimsrError, StoreError, TooLarge, Unsupported
 
 CLASSES = [getattr(errors, name) for name in errors.__all__]
 NAMES = [cls.__name__ for cls in CLASSES]
 
-FAMILIES = {(BadRequest, BadSize)}
+FAMILIES = {(BadRequest, BadSize), (BadRequest, TooLarge), (BadSize, TooLarge)}
 """Pairs of a class and one below it that share an exit status: a bad size is a usage error like any other."""
 
 XAPI_KNOWS = {38: "SR_OPERATION_NOT_SUPPORTED", 39: "SR_NOT_EMPTY", 24: "VDI_IN_USE", 16: "SR_DEVICE_IN_USE", 144: "VDI_MISSING"}
 """What xapi makes of the fault numbers that mean something to it; of any other n it makes SR_BACKEND_FAILURE_n."""
 
-OWN_XENAPI_CODE = {"NotASnapshot": "REVERT_ONLY_ALLOWED_ON_SNAPSHOT"}
+OWN_XENAPI_CODE = {
+    "NotASnapshot": "REVERT_ONLY_ALLOWED_ON_SNAPSHOT",
+    "WrongKind": "VDI_INCOMPATIBLE_TYPE",
+    "NoCbt": "VDI_NO_CBT_METADATA",
+}
 """xapi finds these out itself, and then has a code of its own for them."""
 
 

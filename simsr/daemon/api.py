@@ -24,7 +24,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from simsr import __version__
 from simsr.daemon.api_personality import personality_router
 from simsr.daemon.api_scrub import scrub_router
-from simsr.daemon.api_space import space_router
+from simsr.daemon.api_space import Walks, space_router
+from simsr.daemon.api_xapi import xapi_router
 from simsr.daemon.host import Host, Mounted
 from simsr.errors import BadRequest, NotFound, SimsrError, SrExists, VdiExists
 from simsr.sr.repository import check_sm_config, check_uuid
@@ -90,6 +91,7 @@ class VdiUpdate(Body):
     managed: bool | None = None
     read_only: bool | None = None
     sharable: bool | None = None
+    on_boot: Annotated[str, Field(pattern="^(persist|reset)$", description="reset: every start of a VM goes back to the content of now")] | None = None
 
 
 class Descend(Body):
@@ -156,6 +158,8 @@ class VdiOut(BaseModel):
     read_only: bool
     sharable: bool
     managed: bool
+    on_boot: str = Field(description="persist, or reset: a start of a VM takes it back to its base")
+    cbt_enabled: bool = Field(description="whether changed blocks are tracked")
     sm_config: dict[str, str]
     attached: list[AttachmentOut]
     nbd_uri: str
@@ -211,7 +215,9 @@ def make_app(host: Host, control_socket: str | None, nbd_tcp: str | None) -> Fas
     _add_vdi_routes(app, host)
     _add_history_routes(app, host)
     app.include_router(scrub_router(host))
-    app.include_router(space_router(host))
+    walks = Walks(host)
+    app.include_router(space_router(host, walks))
+    app.include_router(xapi_router(host, walks, VdiOut, _describe_vdi))
     app.include_router(personality_router())
     app.openapi()  # built here, not by the first request, which would stall everything else
     return app

@@ -131,9 +131,9 @@ def _timed(response: Response, began: float) -> Response:
     return response
 
 
-def space_router(host: Host) -> APIRouter:
+def space_router(host: Host, walks: Walks) -> APIRouter:
     """The routes, for one host."""
-    router, walks = APIRouter(), Walks(host)
+    router = APIRouter()
 
     @router.get("/v1/vdis/{vdi}/diff/{other}", response_model=DiffOut)
     async def diff_vdis(
@@ -163,6 +163,6 @@ def space_router(host: Host) -> APIRouter:
         repository = mounted.repository
         survey = await walks.run(mounted, repository.survey)
         answer = repository.describe_survey(survey)
-        return _timed(await _encoded(answer, "vdis", survey.volumes, repository.describe_volume_space), began)
+        return _timed(await _encoded(answer, "vdis", repository.vdis_of(survey), repository.describe_volume_space), began)
 
     return router

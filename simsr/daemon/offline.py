@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from simsr.errors import BadRequest, SimsrError, StoreFormat
 from simsr.sr.damage import damage_lines, vdi_of
+from simsr.sr.hidden import BOOT_BASE, is_hidden
 from simsr.store.check import Check, Problem
 from simsr.store.node_table import MapMemory
 from simsr.store.readonly import ReadOnlyDirectory
@@ -69,7 +70,7 @@ def _check_one(path: str, progress: Progress) -> dict:
             "uuid": str(store.uuid) if store else None,
             "name": store.meta.get("name", "") if store else "",
             "outcome": CORRUPT if found.corruptions else LEAKS if found.leaks else CLEAN,
-            "vdis": len(store.volumes) if store else 0,
+            "vdis": sum(not is_hidden(volume.meta) for volume in store.volumes.values()) if store else 0,
             "nodes": scrub.nodes if scrub else 0,
             "blocks": scrub.blocks if scrub else 0,
             "bytes": scrub.bytes_done if scrub else 0,
@@ -115,10 +116,12 @@ def _salvage_one(path: str, out: str, progress: Progress) -> dict:
     found = Salvage(ReadOnlyDirectory(path), MapMemory())
     try:
         store, done = found.store, 0
-        total = sum(volume.mapped_bytes for volume in store.volumes.values())
+        wanted = [volume for volume in store.volumes.values() if _is_worth_it(volume.meta)]
+        total = sum(volume.mapped_bytes for volume in wanted)
         vdis = []
-        for volume in store.volumes.values():
-            name = f"{vdi_of(volume)['vdi'].replace('/', '_').replace(' ', '-')}.raw"
+        for volume in wanted:
+            base = ".at-boot" if is_hidden(volume.meta) else ""
+            name = f"{vdi_of(volume)['vdi'].replace('/', '_').replace(' ', '-')}{base}.raw"
             saved = _write(found, volume, os.path.join(out, name), lambda count, done=done: progress(path, done + count, total))
             done += saved.data_bytes
             vdis.append(_describe(saved, name))
@@ -129,6 +132,11 @@ def _salvage_one(path: str, out: str, progress: Progress) -> dict:
         }  # fmt: skip
     finally:
         found.close()
+
+
+def _is_worth_it(meta: dict) -> bool:
+    """Neither what an operation left half built, nor a snapshot whose data was destroyed."""
+    return meta.get("role", BOOT_BASE) == BOOT_BASE and meta.get("type") != "cbt_metadata"
 
 
 def _write(found: Salvage, volume: Volume, path: str, progress: Callable[[int], None]) -> Saved:

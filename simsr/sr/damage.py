@@ -12,7 +12,7 @@ __all__ = ["vdi_of", "damage_lines"]
 
 def vdi_of(volume: Volume) -> dict[str, str]:
     """Uuid and name of the VDI that a volume is; its number if its metadata are not those of a VDI."""
-    uuid, name = volume.meta.get("uuid"), volume.meta.get("name")
+    uuid, name = volume.meta.get("uuid") or volume.meta.get("of"), volume.meta.get("name")
     return {"vdi": uuid if isinstance(uuid, str) else f"volume {volume.ident}", "name": name if isinstance(name, str) else ""}
 
 

@@ -21,11 +21,14 @@ from dataclasses import dataclass
 from simsr.errors import BadRequest, BadSize, NotASnapshot, NotFound, ShrinkRefused, SnapshotOfOther
 from simsr.errors import SrInUse, SrNotEmpty, VdiExists, VdiInUse, VdiReadOnly
 from simsr.personalities import find_personality
+from simsr.sr import boot, cbt
+from simsr.sr.hidden import is_hidden, left_over
 from simsr.sr.imitation import Imitation
 from simsr.sr.space import cap_for, check_limit, describe_space
 from simsr.sr.vdi import VDI_TYPES, Attachment, Vdi
 from simsr.store.layout import BLOCK
 from simsr.store.store import SPARES_MIN, Create, Delete, Reset, Resize, SetMeta, Store
+from simsr.store.units import UnitDiff
 from simsr.store.volume import Volume
 from simsr.store.walk import Diff, Survey, VolumeSpace
 
@@ -36,7 +39,7 @@ SIZE_MAX_BYTES = 1 << 48  # what the map's 36-bit block numbers address; LARGE_V
 TEXT_MAX = 4096
 SM_CONFIG_MAX = 32768
 _SR_FIELDS = frozenset({"name", "description", "sm_config"})
-_VDI_FIELDS = _SR_FIELDS | {"managed", "read_only", "sharable"}
+_VDI_FIELDS = _SR_FIELDS | {"managed", "read_only", "sharable", "on_boot"}
 _OWN_FIELDS = _SR_FIELDS | {"verify_reads"}
 
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
@@ -88,10 +91,10 @@ class Repository:
     """One SR.
 
     VDIs:       `create`, `delete`, `resize`, `update`, `get`, ``vdis``
-    History:    `snapshot`, `clone`, `revert`
+    History:    `snapshot`, `clone`, `revert`, `begin_epoch`, `set_cbt`
     Use:        `attach`, `detach`
     Itself:     `describe`, `update_self`, `resize_self`, `check_deletable`
-    Comparing:  `diff`, `survey`
+    Comparing:  `diff`, `changed_blocks`, `survey`
     """
 
     def __init__(self, store: Store, now: Callable[[], str], new_uuid: Callable[[], str]) -> None:
@@ -101,7 +104,10 @@ class Repository:
         self.imitation = Imitation(find_personality(self.personality), self.vdis, lambda: self.name, self._physical)
         self._apply_settings()
         for volume in store.volumes.values():
-            self._register(volume)
+            if not is_hidden(volume.meta):
+                self._register(volume)
+        if left := left_over(store):
+            store.commit(left)
 
     def _register(self, volume: Volume) -> Vdi:
         vdi = self.vdis[volume.meta["uuid"]] = Vdi(volume, self.uuid, self.imitation.shown)
@@ -162,6 +168,7 @@ class Repository:
     ) -> Vdi:
         if source is not None:
             self._refuse_if_gone(source)
+            cbt.refuse_without_data(source, "copy")
         uuid = self._new_uuid() if uuid is None else check_uuid(uuid)
         if uuid in self.vdis:
             raise VdiExists(uuid=uuid)
@@ -180,7 +187,7 @@ class Repository:
         dying = [vdi, *self.imitation.dying_with(vdi)]
         for one in dying:
             self._refuse_if_used(one, "delete")
-        self.store.commit([Delete(one.volume.ident) for one in dying])
+        self.store.commit([Delete(ident) for one in dying for ident in (one.volume.ident, *boot.bases(one))])
         for one in dying:
             del self.vdis[one.uuid]
 
@@ -188,18 +195,29 @@ class Repository:
         """Grow a disk, attached or not; clients see it when they connect anew. Raises `ShrinkRefused`, `VdiReadOnly`."""
         self._refuse_if_gone(vdi)
         size_bytes = _round_size(size_bytes)
+        cbt.refuse_without_data(vdi, "resize")
         if vdi.read_only:
             raise VdiReadOnly(uuid=vdi.uuid)
         size_bytes = self.imitation.admit_resize(vdi, size_bytes)
         if size_bytes < vdi.size_bytes:
             raise ShrinkRefused(uuid=vdi.uuid, old_bytes=vdi.size_bytes, size=size_bytes)
         if size_bytes > vdi.size_bytes:
-            self.store.commit([Resize(vdi.volume.ident, size_bytes)])
+            self.store.commit([Resize(ident, size_bytes) for ident in (vdi.volume.ident, *boot.bases(vdi))])
 
     def update(self, vdi: Vdi, **changes: object) -> None:
-        """Change any of name, description, sm_config, managed, read_only, sharable. Raises `BadRequest`, `VdiInUse`."""
+        """Change any of name, description, sm_config, managed, read_only, sharable, on_boot (`simsr.sr.boot`).
+
+        Raises `BadRequest`, `VdiInUse`, `WrongKind`.
+        """
         self._refuse_if_gone(vdi)
+        on_boot = changes.pop("on_boot", vdi.on_boot)
         meta = self._changed(vdi.volume.meta, changes, _VDI_FIELDS)
+        if on_boot != vdi.on_boot:
+            boot.check_mode(vdi, on_boot)
+            self._refuse_if_used(vdi, "change on_boot of")
+            meta, ops = boot.switch(vdi, meta, on_boot, self.store.new_ident)
+            self.store.commit([*ops, SetMeta(vdi.volume.ident, meta)])
+            return
         if meta != vdi.volume.meta:
             if meta["read_only"] and not vdi.read_only:
                 self._refuse_if_used(vdi, "make read-only")
@@ -226,7 +244,7 @@ class Repository:
         sm_config: dict[str, str] | None = None,
     ) -> Vdi:  # fmt: skip
         """Keep the content of ``vdi`` as it is now, attached or not, in a VDI that never changes. O(1)."""
-        meta = {"snapshot_of": vdi.uuid, "snapshot_time": self._now()}
+        meta = {"snapshot_of": vdi.uuid, "snapshot_time": self._now(), **cbt.inherited(vdi)}
         return self._descend(vdi, "snapshot", uuid, name, description, sm_config, **meta)
 
     def clone(
@@ -262,6 +280,7 @@ class Repository:
         self._refuse_if_gone(snapshot)
         if not snapshot.is_a_snapshot:
             raise NotASnapshot(uuid=snapshot.uuid)
+        cbt.refuse_without_data(snapshot, "revert to")
         vdi = self.get(snapshot.snapshot_of if target is None else check_uuid(target))
         if vdi.uuid != snapshot.snapshot_of and (vdi.family != snapshot.family or vdi.is_a_snapshot):
             raise SnapshotOfOther(snapshot=snapshot.uuid, origin=snapshot.snapshot_of, target=vdi.uuid)
@@ -270,9 +289,32 @@ class Repository:
         ours, theirs = vdi.volume, snapshot.volume
         size_changed = ours.size_bytes != theirs.size_bytes
         changed = size_changed or ours.map.root != theirs.map.root
+        ops: list[Reset | SetMeta] = boot.follow(self.store, vdi, theirs)
         if changed:
-            self.store.commit([Reset(ours.ident, theirs.ident), *([SetMeta(ours.ident, meta)] if meta else [])])
+            ops += [Reset(ours.ident, theirs.ident), *([SetMeta(ours.ident, meta)] if meta else [])]
+        if ops:
+            self.store.commit(ops)
         return Reverted(vdi, changed, size_changed)
+
+    def begin_epoch(self, vdi: Vdi) -> bool:
+        """A VM is about to start with ``vdi``: take it back to its base if it is on_boot=reset; whether that changed it. O(1), atomic.
+
+        Raises `NotFound`, `VdiInUse` with nothing changed.
+        """
+        self._refuse_if_gone(vdi)
+        if vdi.on_boot == boot.RESET:
+            self._refuse_if_used(vdi, "reset")
+        ops = boot.begin(self.store, vdi)
+        if ops:
+            self.store.commit(ops)
+        return bool(ops)
+
+    def set_cbt(self, vdi: Vdi, enabled: bool) -> None:
+        """Track changed blocks of ``vdi``, or stop it; nothing happens if it is so already. Raises `WrongKind`, `NotFound`."""
+        self._refuse_if_gone(vdi)
+        if enabled != vdi.cbt_enabled:
+            cbt.check_switch(vdi)
+            self.store.commit([SetMeta(vdi.volume.ident, {**vdi.volume.meta, "cbt": self._new_uuid() if enabled else None})])
 
     # Use.
 
@@ -282,6 +324,7 @@ class Repository:
         Raises `VdiReadOnly`, or `VdiInUse` when another host has it and one of the two writes (unless it is sharable).
         Connections are not told apart by host, so they do not exclude each other.
         """
+        cbt.refuse_without_data(vdi, "attach")
         if writable and vdi.read_only:
             raise VdiReadOnly(uuid=vdi.uuid)
         self.imitation.admit_attach(vdi, writable, kind)
@@ -372,7 +415,15 @@ class Repository:
         """A job that finds what changed from ``old`` to ``new``. Raises `NotFound`."""
         for vdi in (old, new):
             self._refuse_if_gone(vdi)
+            cbt.refuse_without_data(vdi, "compare")
         return Diff(self.store, old.volume, new.volume, start, ranges_max)
+
+    def changed_blocks(self, old: Vdi, new: Vdi) -> UnitDiff:
+        """A job that finds which units of 64 KiB differ (`simsr.sr.cbt`). Raises `NoChangedBlocks`, `CbtSizes`, `NotFound`."""
+        for vdi in (old, new):
+            self._refuse_if_gone(vdi)
+        cbt.check_pair(old, new)
+        return UnitDiff(self.store, old.volume, new.volume)
 
     def survey(self) -> Survey:
         """A job that finds who holds how much, and what deleting a VDI would free."""
@@ -388,6 +439,11 @@ class Repository:
         }
 
     @staticmethod
+    def vdis_of(survey: Survey) -> list[VolumeSpace]:
+        """What a survey that has run found, of volumes that are VDIs."""
+        return [space for space in survey.volumes if not is_hidden(space.meta)]
+
+    @staticmethod
     def describe_volume_space(space: VolumeSpace) -> dict:
         """What a survey says of a VDI, which may be gone since."""
         return {
@@ -401,7 +457,9 @@ class Repository:
 
     def _check(self) -> None:
         """Verify the invariants; for tests."""
-        assert {vdi.volume.ident for vdi in self.vdis.values()} == set(self.store.volumes), "VDIs and volumes differ"
+        hidden = {ident for ident, volume in self.store.volumes.items() if is_hidden(volume.meta)}
+        assert {vdi.volume.ident for vdi in self.vdis.values()} | hidden == set(self.store.volumes), "VDIs and volumes differ"
+        assert {base for vdi in self.vdis.values() for base in boot.bases(vdi)} == hidden, "a hidden volume is nobody's"
         for uuid, vdi in self.vdis.items():
             assert vdi.uuid == uuid and self.store.volumes[vdi.volume.ident] is vdi.volume
             writers = {key for key, a in vdi.attachments.items() if a.kind == "attach" and a.writable}

@@ -69,6 +69,25 @@ class Vdi:
         return self.is_a_snapshot or self.volume.meta["read_only"]
 
     @property
+    def on_boot(self) -> str:
+        """"reset" if every start of a VM takes it back to its base (`simsr.sr.boot`), else "persist"."""
+        return "reset" if "boot_base" in self.volume.meta else "persist"
+
+    @property
+    def cbt_chain(self) -> str | None:
+        """What links a disk with the snapshots made of it while changed blocks were tracked (`simsr.sr.cbt`); None: they are not."""
+        return self.volume.meta.get("cbt")
+
+    @property
+    def cbt_enabled(self) -> bool:
+        return self.cbt_chain is not None
+
+    @property
+    def has_data(self) -> bool:
+        """Whether it can be read: False for a snapshot whose data was destroyed."""
+        return self.volume.meta["type"] != "cbt_metadata"
+
+    @property
     def used_by(self) -> str:
         """Who is attached, in words."""
         return ", ".join(sorted(attachment.client for attachment in self.attachments.values()))
@@ -92,6 +111,8 @@ class Vdi:
             "read_only": self.read_only,
             "sharable": meta["sharable"],
             "managed": meta["managed"],
+            "on_boot": self.on_boot,
+            "cbt_enabled": self.cbt_enabled,
             "sm_config": meta["sm_config"],
             "attached": [
                 {"client": a.client, "writable": a.writable, "kind": a.kind} for a in self.attachments.values()

@@ -14,8 +14,8 @@ from api_daemon import BLOCK, MIB, Nbd, Unchanged, alone, api, check_error  # no
 NOWHERE = "99999999-0000-4000-8000-000000000000"
 VDI_KEYS = {
     "uuid", "location", "sr", "name", "description", "type", "size_bytes", "physical_utilisation_bytes", "is_a_snapshot",
-    "snapshot_of", "snapshot_time", "created_time", "read_only", "sharable", "managed", "sm_config", "attached", "nbd_uri",
-    "nbd_socket",
+    "snapshot_of", "snapshot_time", "created_time", "read_only", "sharable", "managed", "on_boot", "cbt_enabled", "sm_config",
+    "attached", "nbd_uri", "nbd_socket",
 }  # fmt: skip
 SR_KEYS = {
     "uuid", "name", "description", "path", "sm_config", "physical_size_bytes", "physical_utilisation_bytes",
@@ -143,6 +143,7 @@ def test_create_and_show(api):
     expected = {
         "name": "create", "description": "d", "type": "system", "size_bytes": 1024, "physical_utilisation_bytes": 0,
         "is_a_snapshot": False, "snapshot_of": None, "snapshot_time": None, "read_only": False, "sharable": True, "managed": True,
+        "on_boot": "persist", "cbt_enabled": False,
         "sm_config": {"a": "b"}, "attached": [], "nbd_uri": f"nbd+unix:///{made['uuid']}?socket={api.simsrd.nbd_socket}",
         "nbd_socket": f"{api.simsrd.root}/nbd/{made['uuid']}.sock",
     }  # fmt: skip

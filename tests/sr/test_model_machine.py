@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 from sr_kit import BLOCK, STYLES, World, check, content
 
-from simsr.errors import NotASnapshot, NotFound, ShrinkRefused, SnapshotOfOther, VdiInUse, VdiReadOnly
+from simsr.errors import NotASnapshot, NotFound, ShrinkRefused, SnapshotOfOther, VdiInUse, VdiReadOnly, WrongKind
+from simsr.sr import boot
 
 SIZES = st.integers(1, 12 * 8).map(lambda sectors: sectors * 512)
 VDIS_MAX = 12
@@ -30,6 +31,7 @@ class Held:
     content: bytes
     meta: tuple  # sorted items of what `Vdi.describe` says, without what follows from the content and from attachments
     family: str
+    base: bytes | None = None  # of a disk with on_boot=reset
 
     def get(self, field: str):
         return dict(self.meta)[field]
@@ -102,7 +104,8 @@ class ModelMachine(RuleBasedStateMachine):
     def added(self, vdi, held_content, family, **meta):
         described = vdi.describe()
         fixed = {key: described[key] for key in ("uuid", "location", "sr", "created_time", "snapshot_time")}
-        defaults = {"managed": True, "sharable": False, "read_only": False, "is_a_snapshot": False, "snapshot_of": None}
+        defaults = {"managed": True, "sharable": False, "read_only": False, "is_a_snapshot": False, "snapshot_of": None,
+                    "on_boot": "persist", "cbt_enabled": False}  # fmt: skip
         assert fixed["uuid"] == fixed["location"] == vdi.uuid not in self.state
         self.state[vdi.uuid] = Held(held_content, freeze({**defaults, **fixed, **meta}), family or vdi.uuid)
         self.remember()
@@ -127,6 +130,7 @@ class ModelMachine(RuleBasedStateMachine):
         held = self.state[source]
         vdi = (self.sr.snapshot if is_snapshot else self.sr.clone)(self.sr.get(source))
         kept = {key: held.get(key) for key in ("name", "description", "type", "sm_config")}
+        kept["cbt_enabled"] = is_snapshot and held.get("cbt_enabled")
         self.added(vdi, held.content, held.family, **kept, is_a_snapshot=is_snapshot, snapshot_of=source if is_snapshot else None)
 
     @precondition(lambda self: self.state)
@@ -155,7 +159,8 @@ class ModelMachine(RuleBasedStateMachine):
     def grow(self, uuid, size_bytes):
         self.sr.resize(self.sr.get(uuid), size_bytes)
         held = self.state[uuid]
-        self.state[uuid] = replace(held, content=held.content.ljust(size_bytes, b"\0"))
+        base = None if held.base is None else held.base.ljust(size_bytes, b"\0")
+        self.state[uuid] = replace(held, content=held.content.ljust(size_bytes, b"\0"), base=base)
         self.remember()
 
     @precondition(lambda self: self.state)
@@ -243,8 +248,9 @@ class ModelMachine(RuleBasedStateMachine):
         assert done.vdi.uuid == target
         assert done.size_changed == (len(held.content) != len(source.content))
         assert done.changed or held.content == source.content
-        assert self.log.seq - seq == done.changed
-        self.state[target] = replace(held, content=source.content)
+        moved_base = held.base is not None and not done.changed
+        assert self.log.seq - seq == done.changed or (moved_base and self.log.seq - seq == 1)
+        self.state[target] = replace(held, content=source.content, base=None if held.base is None else source.content)
         self.remember()
         again = self.log.seq
         assert not act().changed and self.log.seq == again
@@ -254,6 +260,54 @@ class ModelMachine(RuleBasedStateMachine):
     def revert_to_a_leaf(self, data):
         leaf = self.sr.get(self.pick(data, self.writable(), "disk"))
         self.refused(NotASnapshot, lambda: self.sr.revert(leaf))
+
+    # Epochs and changed blocks.
+
+    @precondition(lambda self: self.writable())
+    @rule(data=st.data(), mode=st.sampled_from(["reset", "reset", "persist"]))
+    def set_on_boot(self, data, mode):
+        uuid = self.pick(data, self.writable(), "disk")
+        held = self.state[uuid]
+        act = lambda: self.sr.update(self.sr.get(uuid), on_boot=mode)
+        if held.get("on_boot") == mode:
+            seq = self.log.seq
+            act()
+            assert self.log.seq == seq
+        elif held.get("cbt_enabled"):
+            self.refused(WrongKind, act)
+        elif self.attached.get(uuid):
+            self.refused(VdiInUse, act)
+        else:
+            act()
+            held = held.with_meta(on_boot=mode)
+            self.state[uuid] = replace(held, base=held.content if mode == "reset" else None)
+            self.remember()
+
+    @precondition(lambda self: any(held.base is not None for held in self.state.values()))
+    @rule(data=st.data(), tag=st.integers(0, 1 << 16))
+    def begin_epoch(self, data, tag):
+        uuid = self.pick(data, [uuid for uuid, held in self.state.items() if held.base is not None], "disk")
+        act = lambda: self.sr.begin_epoch(self.sr.get(uuid))
+        if self.attached.get(uuid):
+            return self.refused(VdiInUse, act)
+        if tag % 2 and self.state[uuid].writable:
+            self.write_to(uuid, tag, 2)
+        held = self.state[uuid]
+        assert act() or held.content == held.base
+        self.state[uuid] = replace(held, content=held.base)
+        self.remember()
+
+    @precondition(lambda self: self.state)
+    @rule(data=st.data(), enabled=st.sampled_from([True, True, False]))
+    def set_cbt(self, data, enabled):
+        uuid = self.any_vdi(data)
+        held = self.state[uuid]
+        act = lambda: self.sr.set_cbt(self.sr.get(uuid), enabled)
+        if held.get("cbt_enabled") != enabled and (held.get("is_a_snapshot") or held.base is not None):
+            return self.refused(WrongKind, act)
+        act()
+        self.state[uuid] = held.with_meta(cbt_enabled=enabled)
+        self.remember()
 
     # Use.
 
@@ -333,6 +387,8 @@ class ModelMachine(RuleBasedStateMachine):
         for uuid, held in self.state.items():
             vdi = sr.get(uuid)
             assert content(vdi) == held.content, f"the content of {uuid} differs"
+            bases = [sr.store.volumes[ident] for ident in boot.bases(vdi)]
+            assert [base.read_bytes(0, base.size_bytes) for base in bases] == ([] if held.base is None else [held.base])
             described = vdi.describe()
             users = {a["client"]: a["writable"] for a in described.pop("attached")}
             assert users == self.attached.get(uuid, {})

@@ -1,0 +1,124 @@
+"""What only xapi asks for, over HTTP and with data over NBD: epochs, CBT, changed blocks."""
+
+from base64 import b64decode
+
+import pytest
+from api_daemon import MIB, Nbd, Unchanged, alone, api  # noqa: F401 (two of them are fixtures)
+
+UNIT = 64 << 10
+
+
+def write(vdi, offset, data):
+    with Nbd(vdi["nbd_socket"]) as nbd:
+        nbd.write(offset, data)
+        nbd.flush()
+        nbd.close()
+
+
+def read(vdi, offset, length):
+    with Nbd(vdi["nbd_socket"]) as nbd:
+        data = nbd.read(offset, length)
+        nbd.close()
+        return data
+
+
+def changed(api, old, new):
+    answer = api.ok("GET", f"/v1/vdis/{old['uuid']}/changed_blocks/{new['uuid']}")
+    assert answer.keys() == {"granularity_bytes", "size_bytes", "bitmap"} and answer["granularity_bytes"] == UNIT
+    assert answer["size_bytes"] == api.show(new)["size_bytes"]
+    bitmap = b64decode(answer["bitmap"], validate=True)
+    assert len(bitmap) == -(-answer["size_bytes"] // (32 * UNIT)) * 4
+    return [index for index in range(len(bitmap) * 8) if bitmap[index >> 3] & (0x80 >> (index & 7))]
+
+
+def test_epochs(api):
+    disk = api.vdi()
+    write(disk, 0, b"first")
+    disk = api.ok("PATCH", f"/v1/vdis/{disk['uuid']}", {"on_boot": "reset"})
+    assert disk["on_boot"] == "reset"
+    write(disk, 0, b"later")
+    assert api.act(disk, "epoch", phase="end")["on_boot"] == "reset"
+    assert read(disk, 0, 5) == b"later", "the end changes nothing"
+    shown = api.act(disk, "epoch", phase="begin")
+    assert shown == api.show(disk)
+    assert read(disk, 0, 5) == b"first"
+    write(disk, 0, b"third")
+    api.ok("PATCH", f"/v1/vdis/{disk['uuid']}", {"on_boot": "persist"})
+    api.act(disk, "epoch", phase="begin")
+    assert read(disk, 0, 5) == b"third"
+    api.delete(disk)
+
+
+def test_an_epoch_does_not_begin_under_a_writer(api):
+    disk = api.vdi()
+    path = f"/v1/vdis/{disk['uuid']}"
+    api.ok("PATCH", path, {"on_boot": "reset"})
+    with Nbd(disk["nbd_socket"]):
+        api.error("VdiInUse", "POST", f"{path}/epoch", {"phase": "begin"})
+        api.error("VdiInUse", "PATCH", path, {"on_boot": "persist"})
+        api.act(disk, "epoch", phase="end")
+    assert api.act(disk, "epoch", phase="begin")["on_boot"] == "reset", "who has just gone is waited for"
+    api.delete(disk)
+
+
+def test_hidden_volumes_are_counted_nowhere(api):
+    disk = api.vdi(name="hides")
+    api.ok("PATCH", f"/v1/vdis/{disk['uuid']}", {"on_boot": "reset"})
+    space = api.ok("GET", "/v1/srs/sr/space")
+    assert [one["uuid"] for one in space["vdis"]].count(disk["uuid"]) == 1
+    assert all(one["uuid"] for one in space["vdis"])
+    api.delete(disk)
+
+
+@pytest.mark.parametrize("body", [{}, {"phase": "middle"}, {"phase": 1}, {"phase": "begin", "x": 1}])
+def test_bad_epochs(api, body):
+    disk = api.vdi()
+    api.error("BadRequest", "POST", f"/v1/vdis/{disk['uuid']}/epoch", body)
+    api.delete(disk)
+
+
+@pytest.mark.parametrize("mode", ["", "RESET", "sometimes"])
+def test_bad_modes(api, mode):
+    disk = api.vdi()
+    api.error("BadRequest", "PATCH", f"/v1/vdis/{disk['uuid']}", {"on_boot": mode})
+    api.delete(disk)
+
+
+def test_changed_blocks(api):
+    disk = api.vdi(4 * MIB)
+    assert not disk["cbt_enabled"]
+    for _ in range(2):
+        assert api.act(disk, "cbt", enabled=True)["cbt_enabled"]
+    write(disk, 0, b"a")
+    first = api.snapshot(disk)
+    assert first["cbt_enabled"] and not api.act(disk, "clone", 201)["cbt_enabled"]
+    write(disk, UNIT, b"b")
+    write(disk, 4 * MIB - 1, b"c")
+    assert changed(api, first, disk) == [1, 63]
+    second = api.snapshot(disk)
+    api.act(first, "revert")
+    assert (changed(api, first, disk), changed(api, second, disk), changed(api, first, second)) == ([], [1, 63], [1, 63])
+
+
+def test_changed_blocks_that_are_not_told(api):
+    disk, other = api.vdi(), api.vdi()
+    plain = api.snapshot(disk)
+    for one in (disk, other):
+        api.act(one, "cbt", enabled=True)
+    snapshot = api.snapshot(disk)
+    for old, new in ((plain, disk), (disk, snapshot), (snapshot, snapshot), (snapshot, other)):
+        error = api.error("NoChangedBlocks", "GET", f"/v1/vdis/{old['uuid']}/changed_blocks/{new['uuid']}")
+        assert error["sm_fault"] == 460 and old["uuid"] in error["message"]
+    api.error("NotFound", "GET", f"/v1/vdis/{disk['uuid']}/changed_blocks/nothing")
+    with Unchanged(api):
+        api.error("WrongKind", "POST", f"/v1/vdis/{plain['uuid']}/cbt", {"enabled": True})
+        api.error("WrongKind", "PATCH", f"/v1/vdis/{disk['uuid']}", {"on_boot": "reset"})
+
+
+def test_changed_blocks_in_two_srs(alone):
+    alone.sr("one")
+    alone.sr("two")
+    disk, other = alone.vdi(sr="one"), alone.vdi(sr="two")
+    alone.act(disk, "cbt", enabled=True)
+    snapshot = alone.snapshot(disk)
+    alone.error("NoChangedBlocks", "GET", f"/v1/vdis/{snapshot['uuid']}/changed_blocks/{other['uuid']}")
