@@ -28,7 +28,7 @@ from simsr.daemon.api_space import Walks, space_router
 from simsr.daemon.api_xapi import xapi_router
 from simsr.daemon.host import Host, Mounted
 from simsr.errors import BadRequest, NotFound, SimsrError, SrExists, VdiExists
-from simsr.sr.repository import check_sm_config, check_uuid
+from simsr.sr.repository import SM_CONFIG_MAX, check_sm_config, check_uuid
 from simsr.sr.space import LIMIT_MIN_BYTES
 from simsr.sr.vdi import Vdi
 
@@ -37,6 +37,7 @@ __all__ = ["make_app"]
 log = logging.getLogger("simsr.api")
 
 Text = Annotated[str, Field(max_length=4096)]  # a limit makes pydantic refuse lone surrogates, too
+ConfigText = Annotated[str, Field(max_length=SM_CONFIG_MAX)]
 Reference = Annotated[str, AfterValidator(unquote)]
 SizeBytes = Annotated[int, Field(gt=0, description="bytes; rounded up to a multiple of 512", examples=[1 << 30])]
 
@@ -88,6 +89,7 @@ class VdiUpdate(Body):
     name: Text | None = None
     description: Text | None = None
     sm_config: dict[str, str] | None = None
+    sm_config_merge: dict[ConfigText, ConfigText | None] | None = Field(None, description="keys to set, or to remove where null; others stay")
     managed: bool | None = None
     read_only: bool | None = None
     sharable: bool | None = None
@@ -153,6 +155,7 @@ class VdiOut(BaseModel):
     physical_utilisation_bytes: int
     is_a_snapshot: bool
     snapshot_of: str | None
+    family: str = Field(description="uuid of the VDI that it descends from, by snapshots and clones; maybe its own")
     snapshot_time: str | None
     created_time: str
     read_only: bool
@@ -269,6 +272,15 @@ def _given(body: BaseModel) -> dict[str, Any]:
     return {key: value for key, value in body.model_dump().items() if value is not None}
 
 
+def _changes(body: VdiUpdate, vdi: Vdi) -> dict[str, Any]:
+    """What to change, with the merged sm_config: who merges here, in one step, loses nothing that another sets meanwhile."""
+    changes = _given(body)
+    if (merge := changes.pop("sm_config_merge", None)) is not None:
+        merged = {**changes.get("sm_config", vdi.volume.meta["sm_config"]), **merge}
+        changes["sm_config"] = {key: value for key, value in merged.items() if value is not None}
+    return changes
+
+
 def _add_daemon_routes(app: FastAPI, host: Host, control_socket: str | None, nbd_tcp: str | None) -> None:
     @app.get("/v1/daemon", response_model=DaemonOut)
     async def daemon() -> dict:
@@ -376,7 +388,7 @@ def _add_vdi_routes(app: FastAPI, host: Host) -> None:
         """Change the metadata of a VDI."""
         began = trio.current_time()
         mounted, found = host.find_vdi(vdi)
-        await host.when_unused(found, lambda: mounted.repository.update(found, **_given(body)))
+        await host.when_unused(found, lambda: mounted.repository.update(found, **_changes(body, found)))
         await mounted.engine.flush()
         _timed(response, began)
         return _describe_vdi(host, found)

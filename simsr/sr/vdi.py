@@ -106,6 +106,7 @@ class Vdi:
             "physical_utilisation_bytes": self.volume.mapped_bytes,
             "is_a_snapshot": self.is_a_snapshot,
             "snapshot_of": meta["snapshot_of"],
+            "family": meta["family"],
             "snapshot_time": meta["snapshot_time"],
             "created_time": meta["created_time"],
             "read_only": self.read_only,

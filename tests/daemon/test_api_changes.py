@@ -7,7 +7,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
-from api_daemon import BLOCK, MIB, Nbd, alone, api  # noqa: F401 (two of them are fixtures)
+from api_daemon import BLOCK, MIB, Nbd, Unchanged, alone, api  # noqa: F401 (two of them are fixtures)
 
 
 def test_every_change_is_durable_when_answered_and_says_how_long_it_took(api):
@@ -120,3 +120,21 @@ def test_one_uuid_asked_for_by_many(api):
         with Nbd(f"{api.simsrd.root}/nbd/{uuid}.sock") as nbd:
             assert nbd.size_bytes == MIB
         api.ok("DELETE", f"/v1/vdis/{uuid}", status=204)
+
+
+def test_single_keys_of_sm_config(api):
+    disk = api.vdi(sm_config={"a": "1", "b": "2"})
+    path = f"/v1/vdis/{disk['uuid']}"
+    assert api.ok("PATCH", path, {"sm_config_merge": {"b": None, "c": "", "gone": None}})["sm_config"] == {"a": "1", "c": ""}
+    assert api.ok("PATCH", path, {"sm_config": {"x": "y"}, "sm_config_merge": {"z": "0"}})["sm_config"] == {"x": "y", "z": "0"}
+    assert api.ok("PATCH", path, {"sm_config_merge": {}})["sm_config"] == {"x": "y", "z": "0"}
+    with Unchanged(api):
+        api.error("BadRequest", "PATCH", path, {"sm_config_merge": {"large": "x" * 40000}})
+        api.error("BadRequest", "PATCH", path, {"sm_config_merge": {"k": 5}})
+
+
+def test_family(api):
+    disk = api.vdi()
+    snapshot = api.snapshot(disk)
+    clone = api.act(snapshot, "clone", 201)
+    assert disk["family"] == snapshot["family"] == clone["family"] == disk["uuid"]

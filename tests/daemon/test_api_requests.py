@@ -147,7 +147,8 @@ def test_every_field_of_every_body_is_checked(api):
                 for field, kind in schema["properties"].items():
                     kinds = [kind["type"]] if "type" in kind else [choice["type"] for choice in kind["anyOf"]]
                     for wrong in [*WRONG[kinds[0]], *([] if "null" in kinds else ["null"])]:
-                        tried += refused(api, method, where, {**given, field: wrong}, field)
+                        if (field, wrong) != ("sm_config_merge", '{"a": null}'):  # where null removes a key
+                            tried += refused(api, method, where, {**given, field: wrong}, field)
     assert tried > 250
 
 
