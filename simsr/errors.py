@@ -47,6 +47,7 @@ __all__ = [
     "BadTrace",
     "UnknownPersonality",
     "SnapshotChainTooLong",
+    "InstallRefused",
 ]
 
 
@@ -381,3 +382,14 @@ class SnapshotChainTooLong(SimsrError):
     xenapi_code = "SR_BACKEND_FAILURE_109"
     http_status = 409
     hint = "Delete snapshots that are not needed; chains of images that nobody else uses are merged."
+
+
+class InstallRefused(SimsrError):
+    """cannot {action} {path}: {reason}"""
+
+    exit_code = 46
+    http_status = 409
+
+    def __init__(self, hint: str = "", **details: object) -> None:
+        super().__init__(**details)
+        self.hint = hint or self.hint

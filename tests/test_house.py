@@ -24,7 +24,7 @@ FLOORS = [  # highest first; folders on one floor know nothing of each other
 ]
 FOUNDATION = {"simsr", "simsr.errors", "simsr.units", "simsr.personalities"}
 CLIENTS = {"simsr.cli", "simsr.web", "simsr.smapi", "simsr.xapi"}
-"""They talk to the daemon over HTTP: of the rest of the house they may know only that the daemon can be started."""
+"""They talk to the daemon over HTTP: of the rest of the house they may know each other, and that the daemon can be started."""
 
 SANS_IO = {
     "simsr.store": {"trio", "asyncio", "socket", "threading", "time", "datetime", "random", "secrets"},
@@ -87,7 +87,7 @@ def forbidden(module: str, name: str) -> str | None:
     floor = {folder: number for number, folders in enumerate(FLOORS) for folder in folders}
     if floor[there] <= floor[here]:
         return f"{there} is not below {here}"
-    if here in CLIENTS and there != "simsr.daemon":
+    if here in CLIENTS and there not in CLIENTS | {"simsr.daemon"}:
         return f"{here} is a client of the HTTP API and knows nothing of {there}"
     return None
 

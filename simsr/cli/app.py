@@ -13,6 +13,7 @@ from simsr.cli.disks import Name, Sr, Vdi, clone, revert, snapshot, vdi_commands
 from simsr.cli.integrity import check, salvage
 from simsr.cli.personality import personality_commands
 from simsr.cli.repositories import sr_commands
+from simsr.cli.smapi import smapi_commands
 from simsr.cli.space import diff
 from simsr.cli.xapi import xapi_commands
 from simsr.cli.xe import XE_CONTEXT, xe
@@ -42,6 +43,7 @@ app = typer.Typer(
 )
 app.add_typer(sr_commands, name="sr")
 app.add_typer(vdi_commands, name="vdi")
+app.add_typer(smapi_commands, name="smapi")
 app.add_typer(personality_commands, name="personality")
 app.add_typer(xapi_commands, name="xapi")
 app.command("snapshot")(snapshot)
