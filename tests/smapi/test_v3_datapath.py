@@ -54,6 +54,7 @@ def address(volume, domain=VM):
 def test_volumes_name_this_datapath(disk):
     answer = call("Plugin.Query", tree=DATAPATH)
     assert answer["required_api_version"] == "5.0" and answer["plugin"] == DATAPATH.name == SCHEME
+    assert answer["features"] == ["NONPERSISTENT"]
     (uri,) = disk["uri"]
     assert uri.startswith(f"{SCHEME}:///") and disk["key"] in uri
 
@@ -76,6 +77,25 @@ def test_what_a_guest_wrote_is_there_for_the_next(disk, volumes):
         connection.connect(path)
     assert at("deactivate", snapshot, domain=VM) is None
     refused(46, "activate", snapshot, domain=VM)
+
+
+def test_what_is_written_in_a_session_that_is_not_to_last(disk, volumes):
+    qemu_io(disk, "write -P 0x11 0 64k")
+    for _ in range(2):
+        at("open", disk, persistent=False)
+        qemu_io(disk, "read -P 0x11 0 64k", "write -P 0x22 0 64k")
+        qemu_io(disk, "read -P 0x22 0 64k")
+        assert at("close", disk) is None
+        assert at("close", disk) is None
+    at("open", disk, persistent=False)
+    qemu_io(disk, "write -P 0x33 0 64k")
+    at("open", disk, persistent=False)  # the host crashed
+    qemu_io(disk, "read -P 0x11 0 64k", "write -P 0x44 0 64k")
+    at("open", disk, persistent=True)  # the host crashed again
+    qemu_io(disk, "read -P 0x11 0 64k", "write -P 0x55 0 64k")
+    at("close", disk)
+    qemu_io(disk, "read -P 0x55 0 64k")
+    assert at("open", volumes.snapshot(disk), persistent=False) is None
 
 
 def test_attached_on_two_hosts_but_active_for_writing_on_one(disk):

@@ -23,7 +23,8 @@ TOP = Path(__file__).parents[2]
 SPECIFIED = {  # the interface's methods that xapi calls
     "volume": "Plugin.Query Plugin.diagnostics SR.probe SR.create SR.attach SR.detach SR.destroy SR.stat SR.ls SR.set_name "
     "SR.set_description Volume.create Volume.snapshot Volume.clone Volume.destroy Volume.revert Volume.stat Volume.set "
-    "Volume.unset Volume.set_name Volume.set_description Volume.resize Volume.compare Volume.similar_content",
+    "Volume.unset Volume.set_name Volume.set_description Volume.resize Volume.compare Volume.similar_content "
+    "Volume.enable_cbt Volume.disable_cbt Volume.list_changed_blocks",
     "datapath": "Plugin.Query Datapath.open Datapath.attach Datapath.activate Datapath.activate_readonly "
     "Datapath.deactivate Datapath.detach Datapath.close",
 }

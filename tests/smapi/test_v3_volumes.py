@@ -1,5 +1,6 @@
 """The SMAPIv3 plug-in against a real simsrd: SRs and volumes."""
 
+import base64
 import json
 import re
 import uuid
@@ -257,10 +258,44 @@ def test_compare_tells_where_volumes_differ(volumes):
     assert volumes.call("Volume.compare", key=disk["key"], key2=OTHER_SR) == {"blocksize": 512, "ranges": [[0, 8192]]}
 
 
-def test_similar_content_is_the_family(volumes):
+def test_similar_content_is_the_family_nearest_first(volumes):
     disk, stranger = volumes.create(), volumes.create()
     snapshot = volumes.snapshot(disk)
-    clone = volumes.call("Volume.clone", key=snapshot["key"])
-    assert volumes.call("Volume.similar_content", key=disk["key"]) == [snapshot["key"], clone["key"]]
-    assert volumes.call("Volume.similar_content", key=snapshot["key"]) == [disk["key"], clone["key"]]
+    clones = sorted(volumes.call("Volume.clone", key=snapshot["key"])["key"] for _ in range(3))
+    assert volumes.call("Volume.similar_content", key=disk["key"]) == [snapshot["key"], *clones]
+    assert volumes.call("Volume.similar_content", key=snapshot["key"]) == [disk["key"], *clones]
     assert volumes.call("Volume.similar_content", key=stranger["key"]) == []
+
+
+# --- Changed blocks ----------------------------------------------------------------------------------------------
+
+
+def bits(answer):
+    """The numbers of the blocks that the answer says have changed."""
+    assert answer.keys() == {"granularity", "bitmap"} and answer["granularity"] == 65536
+    raw = base64.b64decode(answer["bitmap"], validate=True)
+    return {8 * index + bit for index, byte in enumerate(raw) for bit in range(8) if byte & 0x80 >> bit}
+
+
+def test_changed_blocks_also_across_a_revert(volumes):
+    disk = volumes.create(4 * MIB)
+    assert volumes.call("Volume.enable_cbt", key=disk["key"]) is None
+    assert volumes.stat(disk)["cbt_enabled"] is True
+    first = volumes.snapshot(disk)
+    assert first["cbt_enabled"] is True
+    qemu_io(disk, "write -P 1 0 1", "write -P 1 640k 64k", "write -P 1 4095k 1k")
+    second = volumes.snapshot(disk)
+
+    def changed(key, key2, offset=0, length=-1):
+        return bits(volumes.call("Volume.list_changed_blocks", key=key["key"], key2=key2["key"], offset=offset, length=length))
+
+    assert changed(first, second) == changed(first, disk) == {0, 10, 63}
+    for offset, length, expected in [(65536, -1, {9, 62}), (65535, 1, {0}), (65536, 9 * 65536, set()), (655360, 1 << 40, {0, 53}),
+                                     (4 * MIB, -1, set()), (1 << 50, 5, set()), (0, 0, set())]:
+        assert changed(first, second, offset, length) == expected, (offset, length)
+    volumes.call("Volume.revert", snapshot=first["key"], key=disk["key"])
+    assert changed(first, disk) == set() and changed(second, disk) == {0, 10, 63}
+    refused(volumes, 460, "Volume.list_changed_blocks", key=second["key"], key2=first["key"], offset=0, length=-1)
+    refused(volumes, 1, "Volume.list_changed_blocks", key=first["key"], key2=disk["key"], offset=-1, length=-1)
+    assert volumes.call("Volume.disable_cbt", key=disk["key"]) is None
+    assert volumes.stat(disk)["cbt_enabled"] is False

@@ -7,13 +7,13 @@ hand their own name to `main`. What methods share is in simsr_common; the two fi
 
 from simsr_common import (
     CLIENT_PREFIX, CLONE_ON_BOOT, DEFAULT_SOCKET, KEY_PREFIX, SCHEME, TYPE, VERSION, Daemon, Disk, Failure, Repository,
-    boolean, configuration_socket, domain_name, inherited, log, main, mapping, method, repository, size_bytes,
+    boolean, configuration_socket, domain_name, inherited, integer, log, main, mapping, method, repository, size_bytes,
     stored_keys, string, uuid_text,
 )
 
 SECTOR_BYTES = 512
 VOLUME_FEATURES = ["VDI_REVERT", "VDI_RESIZE_ONLINE", "VDI_ACTIVATE_READONLY", "LARGE_VDI", "THIN_PROVISIONING"]
-DATAPATH_FEATURES = []
+DATAPATH_FEATURES = ["NONPERSISTENT"]
 CONFIGURATION = {
     "socket": "path of simsrd's control socket (default " + DEFAULT_SOCKET + ")",
     "sr_uuid": "uuid of the SR; SR.create fills it in, SR.probe lists what there is",
@@ -228,18 +228,57 @@ def volume_similar_content(sr, key):
     """Keys of volumes that share content: what descends from the same disk, snapshots and their disk first."""
     vdi = sr.vdi(key)
     family = [other for other in sr.vdis() if other["family"] == vdi["family"] and other["uuid"] != vdi["uuid"]]
-    direct = {vdi["uuid"], vdi["snapshot_of"]}
+    direct = {vdi["uuid"], vdi["snapshot_of"]} - {None}
     family.sort(key=lambda other: (not direct & {other["uuid"], other["snapshot_of"]}, other["uuid"]))
     return [other["uuid"] for other in family]
 
 
+@method("Volume.enable_cbt", sr=repository, key=string)
+def volume_enable_cbt(sr, key):
+    sr.act(key, "cbt", {"enabled": True})
+
+
+@method("Volume.disable_cbt", sr=repository, key=string)
+def volume_disable_cbt(sr, key):
+    sr.act(key, "cbt", {"enabled": False})
+
+
+@method("Volume.list_changed_blocks", sr=repository, key=string, key2=string, offset=integer, length=integer)
+def volume_list_changed_blocks(sr, key, key2, offset, length):
+    """What has changed from `key` to `key2`, a bit for each 64 KiB from the one that holds byte `offset`; to the end if
+    `length` is -1."""
+    import base64
+    old, new = sr.vdi(key), sr.vdi(key2)
+    if offset < 0 or length < -1:
+        raise Failure(1, "%d bytes from byte %d on are no range of volume %s" % (length, offset, key2))
+    answer = sr.daemon.call("GET", "/v1/vdis/%s/changed_blocks/%s" % (old["uuid"], new["uuid"]))
+    granularity, bitmap = answer["granularity_bytes"], answer["bitmap"]
+    if (offset, length) != (0, -1):
+        raw = base64.b64decode(bitmap)
+        end_bytes = answer["size_bytes"] if length == -1 else min(offset + length, answer["size_bytes"])
+        first, end = offset // granularity, -(-end_bytes // granularity)
+        count = max(0, end - first)
+        bits = int.from_bytes(raw, "big") >> (len(raw) * 8 - end) & (1 << count) - 1
+        bitmap = base64.b64encode((bits << -count % 8).to_bytes(-(-count // 8), "big")).decode("ascii")
+    return {"granularity": granularity, "bitmap": bitmap}
+
+
 # --- Datapath ------------------------------------------------------------------------------------------------------
+
+def forget_epoch(uri, vdi):
+    """End an epoch whose writes were not to last: take the volume back to what it was when it was opened."""
+    if vdi["on_boot"] == "reset":
+        uri.repository.act(uri.key, "epoch", {"phase": "begin"})
+        uri.repository.patch(uri.key, on_boot="persist")
+
 
 @method("Datapath.open", uri=Disk, persistent=boolean)
 def datapath_open(uri, persistent):
-    uri.repository.vdi(uri.key)
-    if not persistent:
-        raise Failure(38, "volume %s cannot be opened to drop what is written" % uri.key)
+    """Before the VM starts; if not `persistent`, what it writes is dropped in the end, also after a crash."""
+    vdi = uri.repository.vdi(uri.key)
+    forget_epoch(uri, vdi)
+    if not persistent and not vdi["read_only"]:
+        uri.repository.patch(uri.key, on_boot="reset")
 
 
 @method("Datapath.attach", uri=Disk, domain=domain_name)
@@ -282,4 +321,6 @@ def datapath_detach(uri, domain):
 
 @method("Datapath.close", uri=Disk)
 def datapath_close(uri):
-    uri.repository.find(uri.key)
+    vdi = uri.repository.find(uri.key)
+    if vdi:
+        forget_epoch(uri, vdi)
