@@ -14,7 +14,7 @@ from api_daemon import BLOCK, MIB, Nbd, Unchanged, alone, api, check_error  # no
 NOWHERE = "99999999-0000-4000-8000-000000000000"
 VDI_KEYS = {
     "uuid", "location", "sr", "name", "description", "type", "size_bytes", "physical_utilisation_bytes", "is_a_snapshot",
-    "snapshot_of", "snapshot_time", "created_time", "read_only", "sharable", "managed", "on_boot", "cbt_enabled", "sm_config",
+    "snapshot_of", "family", "snapshot_time", "created_time", "read_only", "sharable", "managed", "on_boot", "cbt_enabled", "sm_config",
     "attached", "nbd_uri", "nbd_socket",
 }  # fmt: skip
 SR_KEYS = {
