@@ -6,8 +6,12 @@ import json
 import os
 import pty
 import random
+import shutil
 import signal
 import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +19,7 @@ from cli_kit import wait_until
 
 from simsr.cli.child_daemon import ChildDaemon
 
+ROOT = Path(__file__).parents[2]
 MIB = 2**20
 BLOCK = 4096
 DATA = random.Random(5).randbytes(3 * MIB)
@@ -27,18 +32,35 @@ def root(short_directory, monkeypatch) -> Path:
     return short_directory / "root"
 
 
-@pytest.fixture
-def filled(root, simsr, tmp_path) -> dict[str, str]:
+@pytest.fixture(scope="module")
+def pattern(tmp_path_factory) -> Iterator[tuple[Path, dict[str, str]]]:
     """The files of a daemon that has ended: an SR with a disk of 64 MiB, 3 MiB of it data, and its snapshot."""
-    raw = tmp_path / "raw"
+    raw = tmp_path_factory.mktemp("raw") / "raw"
     raw.write_bytes(DATA)
     os.truncate(raw, 64 * MIB)
-    with ChildDaemon(str(root)) as daemon:
-        [sr] = simsr("sr", "create", "main", "--size", "64MiB").lines  # small segments are made quickly
-        [vdi] = simsr("import", str(raw), "--name", "root").lines
-        [snapshot] = simsr("snapshot", "root", "--name", "clean").lines
+    directory = Path(tempfile.mkdtemp(prefix="simsr-", dir="/tmp"))
+    with ChildDaemon(str(directory / "root")) as daemon:
+
+        def simsr(*words: str) -> str:
+            command = [sys.executable, "-m", "simsr.cli.main", "--socket", daemon.socket, *words]
+            return subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+
+        uuids = {
+            "sr": simsr("sr", "create", "main", "--size", "64MiB"),  # small segments are made quickly
+            "vdi": simsr("import", str(raw), "--name", "root"),
+            "snapshot": simsr("snapshot", "root", "--name", "clean"),
+        }
         assert daemon.stop() == 0
-    return {"sr": sr, "vdi": vdi, "snapshot": snapshot}
+    yield directory / "root", uuids
+    shutil.rmtree(directory)
+
+
+@pytest.fixture
+def filled(root, pattern) -> dict[str, str]:
+    """A copy of these files as the root; the uuids of what is in it."""
+    directory, uuids = pattern
+    subprocess.run(["cp", "-a", directory, root], check=True)
+    return dict(uuids)
 
 
 def damage(root: Path, block: int) -> None:

@@ -141,7 +141,7 @@ def test_names_cannot_steer_the_terminal(simsr, pair):
 def test_all_of_it_for_real(simsr, short_directory, monkeypatch):
     monkeypatch.setenv("SIMSR_SOCKET", str(short_directory / "root" / "control.sock"))
     with ChildDaemon(str(short_directory / "root")) as real:
-        simsr("sr", "create", "main")
+        simsr("sr", "create", "main", "--size", "1GiB")
         [disk] = simsr("vdi", "create", "--size", "64MiB", "--name", "disk").lines
         [uri] = simsr("vdi", "uri", "disk").lines
 

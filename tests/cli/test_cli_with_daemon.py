@@ -7,6 +7,8 @@ import random
 import shutil
 import signal
 import subprocess
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,18 +26,25 @@ def root(short_directory, monkeypatch) -> Path:
     return short_directory / "root"
 
 
-@pytest.fixture
-def real(root):
-    """A running daemon with one SR."""
-    with ChildDaemon(str(root)) as daemon:
+@pytest.fixture(scope="module")
+def real() -> Iterator[ChildDaemon]:
+    """A running daemon, the same for all tests here."""
+    directory = tempfile.mkdtemp(prefix="simsr-", dir="/tmp")
+    with ChildDaemon(directory) as daemon:
         yield daemon
         assert daemon.stop() == 0
+    shutil.rmtree(directory)
 
 
 @pytest.fixture
-def sr(simsr, real) -> str:
-    [uuid] = simsr("sr", "create", "main").lines
-    return uuid
+def sr(simsr, real, monkeypatch) -> Iterator[str]:
+    """An SR in the running daemon, the only one there; it and its disks are gone after the test."""
+    monkeypatch.setenv("SIMSR_SOCKET", real.socket)
+    [uuid] = simsr("sr", "create", "main", "--size", "1GiB").lines
+    yield uuid
+    for vdi in reversed(json.loads(simsr("vdi", "list", "--json").out)):
+        assert simsr("vdi", "delete", vdi["uuid"]).status == 0
+    assert simsr("sr", "delete", "main").status == 0
 
 
 @pytest.fixture
@@ -164,7 +173,7 @@ def test_an_interrupted_import_leaves_nothing(simsr, start_simsr, sr, tmp_path, 
 
 def test_everything_is_there_after_a_restart(simsr, root, image):
     with ChildDaemon(str(root)):
-        simsr("sr", "create", "main")
+        simsr("sr", "create", "main", "--size", "1GiB")
         simsr("import", str(image), "--name", "root")
         simsr("snapshot", "root", "--name", "clean")
         before = json.loads(simsr("vdi", "list", "--json").out)

@@ -1,4 +1,5 @@
-"""Fixtures: a world of simsrd, xapi and the stock client for each fidelity, shared by all tests of a module."""
+"""Fixtures: a world of simsrd, xapi and the stock client for each fidelity, shared by all tests of a run. A test that restarts
+a server leaves it running; one that needs a world to itself makes it."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from wrapped_driver import Plan, wrapped
 from xapi_kit import World
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def upstream() -> Iterator[World]:
     """xapi as it is."""
     world = World()
@@ -17,7 +18,7 @@ def upstream() -> Iterator[World]:
     world.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def fixed() -> Iterator[World]:
     """xapi with the gaps of VM.revert filled."""
     world = World("--fidelity", "fixed")
@@ -25,13 +26,13 @@ def fixed() -> Iterator[World]:
     world.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def native_sr(upstream: World) -> str:
     """An SR whose driver reverts."""
-    return upstream.sr("native")
+    return upstream.shared_sr()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def wrapped_world() -> Iterator[World]:
     """xapi with drivers that can be told to fail: ``odd`` like SimSR, ``noclone``, ``norevert``, ``cbt``."""
     cbt = ("VDI_CONFIG_CBT", "VDI_GENERATE_CONFIG", "VDI_MIRROR")

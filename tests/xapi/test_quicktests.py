@@ -222,12 +222,12 @@ def test_copy_that_fails_leaves_nothing_behind(wrapped_world, plan):
 
 def test_clone_without_the_feature_is_a_full_copy(wrapped_world, plan):
     world = wrapped_world
-    disk = world.vdi(world.sr("full copy", "noclone"))
+    disk = world.vdi(world.shared_sr("noclone"))
     world.fill(disk, 0x5A)
     world.holds(world.x.VDI.clone(disk, {}), 0x5A)
     assert "vdi_clone" not in plan.commands()
     plan.set(vdi_clone=[38])
-    other = world.vdi(world.sr("full copy 2", "odd"))
+    other = world.vdi(world.shared_sr("odd"))
     world.fill(other, 0x5A)
     world.holds(world.x.VDI.clone(other, {}), 0x5A)
 
@@ -235,7 +235,7 @@ def test_clone_without_the_feature_is_a_full_copy(wrapped_world, plan):
 def test_changed_block_tracking(wrapped_world, plan):
     """The driver's part is played: SimSR behind the wrapper knows no CBT, so its answers are planned."""
     world, x = wrapped_world, wrapped_world.x
-    disk = world.vdi(world.sr("cbt", "cbt"))
+    disk = world.vdi(world.shared_sr("cbt"))
     nil = "<value><nil/></value>"
     plan.set(vdi_enable_cbt=[nil], vdi_disable_cbt=[nil], vdi_data_destroy=[nil], vdi_list_changed_blocks=["<value>AAE=</value>"])
     x.VDI.enable_cbt(disk)
@@ -279,7 +279,7 @@ def test_power_states(upstream, native_sr):
 
 def test_start_that_fails_half_way_attaches_nothing(wrapped_world, plan):
     world, x = wrapped_world, wrapped_world.x
-    sr = world.sr("start fails", "odd")
+    sr = world.shared_sr("odd")
     vm = world.vm("start fails", (world.vdi(sr), world.vdi(sr)))
     plan.set(vdi_activate=[None, 46])
     assert failure(x.VM.start, vm, False, False)[0] == "SR_BACKEND_FAILURE_46"

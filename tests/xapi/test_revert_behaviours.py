@@ -12,7 +12,6 @@ import pytest
 import XenAPI
 from xapi_kit import MIB, NULL, SIMSR_PLUGIN, failure
 
-from simsr.cli.child_daemon import ChildDaemon
 from simsr.xapi import smapiv1
 
 
@@ -64,7 +63,7 @@ def test_daemon_killed_during_revert_leaves_old_or_new_content(upstream, native_
         time.sleep(delay_ms / 1000)
         upstream.simsrd.kill()
         record = upstream.wait_task(task)
-        upstream.simsrd = ChildDaemon(str(upstream.folder / "simsrd"))
+        upstream.start_simsrd()
         for pattern in (0x11, 0x22):
             try:
                 upstream.holds(disk, pattern)
@@ -81,7 +80,7 @@ def test_daemon_killed_during_revert_leaves_old_or_new_content(upstream, native_
 
 def test_fault_38_falls_back_to_clone_and_repoints_the_siblings(wrapped_world, plan):
     world, x = wrapped_world, wrapped_world.x
-    sr = world.sr("odd", "odd")
+    sr = world.shared_sr("odd")
     disk = world.vdi(sr)
     vm = world.vm("falls back", (disk,))
     world.fill(disk, 0x11)
@@ -100,7 +99,7 @@ def test_fault_38_falls_back_to_clone_and_repoints_the_siblings(wrapped_world, p
 def test_only_the_two_codes_fall_back(wrapped_world, plan):
     """UNIMPLEMENTED_IN_SM_BACKEND (38) above; SR_OPERATION_NOT_SUPPORTED with a driver without VDI_CLONE; nothing else."""
     world, x = wrapped_world, wrapped_world.x
-    sr = world.sr("noclone", "noclone")
+    sr = world.shared_sr("noclone")
     disk = world.vdi(sr)
     vm = world.vm("no clone", (disk,))
     world.fill(disk, 0x11)
@@ -118,7 +117,7 @@ def test_only_the_two_codes_fall_back(wrapped_world, plan):
 @pytest.mark.parametrize("number", [1, 24, 47, 143, 144, 200, 202, 1200])
 def test_other_faults_abort_and_touch_nothing(wrapped_world, plan, number):
     world, x = wrapped_world, wrapped_world.x
-    disk = world.vdi(world.sr(f"odd {number}", "odd"))
+    disk = world.vdi(world.shared_sr("odd"))
     vm = world.vm("aborts", (disk,))
     world.fill(disk, 0x11)
     snapshot = x.VM.snapshot(vm, "s")
@@ -133,7 +132,7 @@ def test_other_faults_abort_and_touch_nothing(wrapped_world, plan, number):
 @pytest.mark.parametrize("number", [44, 109])
 def test_no_space_and_chain_too_long_pass_through(wrapped_world, plan, number):
     world, x = wrapped_world, wrapped_world.x
-    vm = world.vm("passes", (world.vdi(world.sr(f"odd {number}", "odd")),))
+    vm = world.vm("passes", (world.vdi(world.shared_sr("odd")),))
     snapshot = x.VM.snapshot(vm, "s")
     plan.set(vdi_revert=[number])
     assert failure(x.VM.revert, snapshot) == [f"SR_BACKEND_FAILURE_{number}", "", "as planned", ""]
@@ -142,7 +141,7 @@ def test_no_space_and_chain_too_long_pass_through(wrapped_world, plan, number):
 def test_fault_47_on_the_second_of_three_disks(wrapped_world, plan):
     """Disk 1 new, 2 and 3 old, the VM Halted with the fields of the snapshot, nothing destroyed or cloned; a retry works."""
     world, x = wrapped_world, wrapped_world.x
-    sr = world.sr("odd three", "odd")
+    sr = world.shared_sr("odd")
     disks = tuple(world.vdi(sr, name=f"disk {number}") for number in range(3))
     vm = world.vm("three", disks)
     x.VM.set_name_description(vm, "at the snapshot")
@@ -173,7 +172,7 @@ def test_fault_47_on_the_second_of_three_disks(wrapped_world, plan):
 
 def test_the_target_is_named_by_reference_and_the_snapshot_by_ref_uuid_and_location(wrapped_world, plan):
     world, x = wrapped_world, wrapped_world.x
-    disk = world.vdi(world.sr("odd form", "odd"))
+    disk = world.vdi(world.shared_sr("odd"))
     snapshot = x.VDI.snapshot(disk, {})
     plan.forget_calls()
     x.VDI.revert(snapshot)
@@ -189,7 +188,7 @@ def test_the_target_is_named_by_reference_and_the_snapshot_by_ref_uuid_and_locat
 def test_target_as_ref_and_as_uuid_has_the_same_effect(wrapped_world, plan, form):
     """What an older xapi would have sent: the request that was sent, with the uuid in the place of the reference."""
     world, x = wrapped_world, wrapped_world.x
-    disk = world.vdi(world.sr(f"form {form}", "odd"))
+    disk = world.vdi(world.shared_sr("odd"))
     world.fill(disk, 0x11)
     snapshot = x.VDI.snapshot(disk, {})
     plan.forget_calls()
@@ -211,7 +210,7 @@ def test_stock_cloudstack_script(wrapped_world, plan, valve):
     With the valve the driver answers 38 because the disk has no VBD, and xapi clones as it always did.
     """
     world, x = wrapped_world, wrapped_world.x
-    disk = world.vdi(world.sr(f"cloudstack {valve}", "odd"))
+    disk = world.vdi(world.shared_sr("odd"))
     vm = world.vm(f"i-2-3-VM {valve}", (disk,))
     world.fill(disk, 0x11)
     snapshot = x.VM.snapshot(vm, "cs snapshot")
@@ -243,7 +242,7 @@ def test_stock_cloudstack_script(wrapped_world, plan, valve):
 def test_concurrent_revert_and_scan_are_serialised(upstream):
     """Nobody sees OTHER_OPERATION_IN_PROGRESS, no VDI is forgotten, and no two operations of the SR run at once."""
     x = upstream.x
-    sr = upstream.sr("busy")
+    sr = upstream.shared_sr()
     disk = upstream.vdi(sr)
     upstream.fill(disk, 0x11)
     snapshot = x.VDI.snapshot(disk, {})
@@ -273,10 +272,10 @@ def test_concurrent_revert_and_scan_are_serialised(upstream):
 def test_operations_under_way_are_shown_where_clients_look(wrapped_world, plan):
     """Section 2: in current_operations of snapshot, disk and SR; never in VDI.allowed_operations."""
     world, x = wrapped_world, wrapped_world.x
-    sr = world.sr("shown", "odd")
+    sr = world.shared_sr("odd")
     disk = world.vdi(sr)
     snapshot = x.VDI.snapshot(disk, {})
-    plan.set(vdi_revert=[{"sleep": 1.5}])
+    plan.set(vdi_revert=[{"sleep": 0.5}])
     task = x.Async.VDI.revert(snapshot)
     while "vdi_revert" not in plan.commands():
         time.sleep(0.01)
@@ -293,7 +292,7 @@ def test_operations_under_way_are_shown_where_clients_look(wrapped_world, plan):
 def test_memory_out_of_reach(upstream):
     """6.1, step 3: the SR of a checkpoint's suspend image must be plugged."""
     x = upstream.x
-    sr, memory_sr = upstream.sr("disks"), upstream.sr("memory")
+    sr, memory_sr = upstream.shared_sr(), upstream.sr("memory")
     vm = upstream.vm("memory", (upstream.vdi(sr),))
     x.VM.set_suspend_SR(vm, memory_sr)
     x.VM.start(vm, False, False)
@@ -308,7 +307,7 @@ def test_memory_out_of_reach(upstream):
 def test_checkpoint_revert_under_both_fidelities(request, fidelity):
     world = request.getfixturevalue(fidelity)
     x = world.x
-    sr = world.sr(f"checkpoint {fidelity}")
+    sr = world.shared_sr()
     x.pool.set_suspend_image_SR(x.pool.get_all()[0], sr)
     disk = world.vdi(sr)
     vm = world.vm(f"checkpoint {fidelity}", (disk,))
@@ -362,7 +361,7 @@ def test_writer_that_xapi_knows_nothing_of_is_fault_24(upstream, native_sr):
 def test_disk_deleted_before_the_revert(request, fidelity):
     """5.3: xapi gives up although the driver could clone; fixed clones."""
     world = request.getfixturevalue(fidelity)
-    disk = world.vdi(world.sr(f"dangling {fidelity}"))
+    disk = world.vdi(world.shared_sr())
     vm = world.vm("dangling", (disk,))
     world.fill(disk, 0x11)
     snapshot = world.x.VM.snapshot(vm, "s")
@@ -382,7 +381,7 @@ def test_vbds_after_a_native_revert(request, fidelity):
     """6.4, consequences 1 and 2: changed attributes and a detached disk come back under fixed only."""
     world = request.getfixturevalue(fidelity)
     x = world.x
-    sr = world.sr(f"vbds {fidelity}")
+    sr = world.shared_sr()
     disks = (world.vdi(sr), world.vdi(sr))
     vm = world.vm("vbds", disks)
     snapshot = x.VM.snapshot(vm, "s")
@@ -486,7 +485,7 @@ def test_random_histories_keep_identity(upstream, native_sr, seeds):
 def test_vm_that_was_destroyed_comes_back_with_its_disks_under_fixed(fixed):
     """6.5: the same uuid; upstream, seen above with CloudStack's script, gives it no VBDs."""
     x = fixed.x
-    disk = fixed.vdi(fixed.sr("destroyed"))
+    disk = fixed.vdi(fixed.shared_sr())
     vm = fixed.vm("destroyed", (disk,))
     fixed.fill(disk, 0x11)
     snapshots = [x.VM.snapshot(vm, name) for name in "ab"]

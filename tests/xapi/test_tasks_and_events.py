@@ -79,36 +79,28 @@ def test_tasks_of_clients(upstream):
 
 def test_cancelling_what_waits_for_its_turn(wrapped_world, plan):
     world, x = wrapped_world, wrapped_world.x
-    slow = world.write_driver(
-        "SlowSR", "#!/bin/sh\ncase $1 in *sr_update*) sleep 2;; esac\nexec '%s' \"$1\"\n" % (world.folder / "sm" / "OddSR")
-    )
-    world.restart_xapi()
-    x = world.x
-    sr = world.sr("slow", "slow")
-    first, second = x.Async.SR.scan(sr), x.Async.SR.scan(sr)
-    while "scan" not in x.SR.get_current_operations(sr).values():
+    sr = world.shared_sr("odd")
+    plan.set(sr_scan=[{"sleep": 0.7}])
+    first = x.Async.SR.scan(sr)
+    while "sr_scan" not in plan.commands():
         time.sleep(0.01)
+    second = x.Async.SR.scan(sr)
     x.task.cancel(second)
     assert world.wait_task(second)["error_info"] == ["TASK_CANCELLED", second]
     assert x.task.get_status(second) == "cancelled"
     x.task.cancel(first)
     assert world.wait_task(first)["status"] == "success", "one that works finishes"
-    x.PBD.unplug(x.SR.get_PBDs(sr)[0])
-    x.SR.forget(sr)
-    slow.unlink()
+    assert plan.commands().count("sr_scan") == 1
 
 
 def test_cancelled_snapshot_leaves_nothing_behind(wrapped_world, plan):
-    world = wrapped_world
-    text = "#!/bin/sh\ncase $1 in *vdi_snapshot*) sleep 1.5;; esac\nexec '%s' \"$1\"\n"
-    world.write_driver("SlowSR", text % (world.folder / "sm" / "OddSR"))
-    world.restart_xapi()
-    x = world.x
-    sr = world.sr("cancelled", "slow")
+    world, x = wrapped_world, wrapped_world.x
+    sr = world.sr("cancelled", "odd")
     disks = {world.vdi(sr), world.vdi(sr)}
     vm = world.vm("cancelled", tuple(disks))
+    plan.set(vdi_snapshot=[{"sleep": 0.7}])
     task = x.Async.VM.snapshot(vm, "s")
-    while "vdi_snapshot" not in x.SR.get_current_operations(sr).values():
+    while "vdi_snapshot" not in plan.commands():
         time.sleep(0.01)
     x.task.cancel(task)
     assert world.wait_task(task)["error_info"] == ["TASK_CANCELLED", task]

@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 
 import pytest
 from xapi_kit import MIB, ROOT
 
+from simsr.cli.main import main
 from simsr.cli.xe import Arguments
 from simsr.errors import BadRequest
 
 
 @pytest.fixture
-def xe(upstream):
-    """Run ``simsr xe`` and return its output; with ``status`` given, its complaints."""
+def xe(upstream, capfd):
+    """Run ``simsr xe`` in this process and return its output; with ``status`` given, its complaints."""
 
     def run(*words: str, status: int = 0) -> str:
-        command = [sys.executable, "-m", "simsr.cli.main", "xe", "--xapi", upstream.xapi.socket, *words]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
-        assert done.returncode == status, done.stderr
-        return done.stderr if status else done.stdout.rstrip("\n")
+        capfd.readouterr()
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+        try:
+            with pytest.raises(SystemExit) as ended:
+                main(["xe", "--xapi", upstream.xapi.socket, *words])
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        out, err = capfd.readouterr()
+        assert ended.value.code == status, err
+        return err if status else out.rstrip("\n")
 
     return run
 

@@ -20,6 +20,8 @@ from simsr.cli.child_daemon import ChildDaemon
 ROOT = Path(__file__).parents[2]
 SIMSR_PLUGIN = ROOT / "simsr" / "smapi" / "SimSR"
 MIB = 2**20
+SR_SIZE = 256 * MIB
+"""Physical size of the tests' SRs: one without a limit gets some 200 MiB of zeros written at once, which takes a second."""
 NULL = "OpaqueRef:NULL"
 
 
@@ -85,8 +87,19 @@ class World:
                 self.write_driver(name, text)
             options = (*options, "--sm-dir", str(self.folder / "sm"))
         self.options = options
+        self._shared: dict[str, str] = {}
+        self.start_simsrd()
+        self.start_xapi()
+
+    def start_simsrd(self) -> None:
+        """Start simsrd, again if it was killed."""
         self.simsrd = ChildDaemon(str(self.folder / "simsrd"))
-        self.xapi = Server(self.folder / "xapi", *options)
+        (self.folder / "simsrd.pid").write_text(str(self.simsrd.process.pid))
+
+    def start_xapi(self) -> None:
+        """Start xapi and log in."""
+        self.xapi = Server(self.folder / "xapi", *self.options)
+        (self.folder / "xapi.pid").write_text(str(self.xapi.process.pid))
         self.login()
 
     def login(self) -> None:
@@ -121,16 +134,22 @@ class World:
     def restart_xapi(self, number: int = signal.SIGTERM) -> None:
         self.session("close")()
         self.xapi.stop(number)
-        self.xapi = Server(self.folder / "xapi", *self.options)
-        self.login()
+        self.start_xapi()
 
     # Shorthands.
 
     def device_config(self, **more: str) -> dict[str, str]:
         return {"socket": self.simsrd.socket, "xapi_socket": self.xapi.socket, **more}
 
-    def sr(self, name: str = "sr", kind: str = "sim", **device_config: str) -> str:
-        return self.x.SR.create(self.host, self.device_config(**device_config), "0", name, "", kind, "user", False, {})
+    def sr(self, name: str = "sr", kind: str = "sim", *, size: int = SR_SIZE, **device_config: str) -> str:
+        config = self.device_config(**device_config)
+        return self.x.SR.create(self.host, config, str(size), name, "", kind, "user", False, {})
+
+    def shared_sr(self, kind: str = "sim") -> str:
+        """Return an SR of this type that all tests with the world have in common: for those that look at their own VDIs only."""
+        if kind not in self._shared:
+            self._shared[kind] = self.sr(f"shared {kind}", kind, size=8 * SR_SIZE)
+        return self._shared[kind]
 
     def vdi(self, sr: str, size: int = 4 * MIB, name: str = "disk", **fields: Any) -> str:
         record = {"SR": sr, "name_label": name, "name_description": "", "virtual_size": str(size), "type": "user",
