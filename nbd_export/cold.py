@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 import trio
 
 from nbd_export import constants as c
+from nbd_export.channel import Channel
 from nbd_export.disk import Disk
-from nbd_export.transmission import DATA_CHUNK, PIECE_BYTES, SIMPLE_REPLY, Request
+from nbd_export.replies import Replies
+from nbd_export.transmission import PIECE_BYTES, Request
 
 __all__ = ["ColdReader", "Waiting"]
 
@@ -34,14 +36,9 @@ class ColdReader:
     """Reads and answers for one connection."""
 
     def __init__(
-        self,
-        disk: Disk,
-        structured: bool,
-        send: Callable[[bytes | memoryview], Awaitable[None]],
-        failure: Callable[[Request, Exception], bytes],
+        self, disk: Disk, replies: Replies, channel: Channel, failure: Callable[[Request, Exception], bytes]
     ) -> None:
-        self._disk, self._structured, self._send, self._failure = disk, structured, send, failure
-        self._header_bytes = DATA_CHUNK.size if structured else SIMPLE_REPLY.size
+        self._disk, self._replies, self._channel, self._failure = disk, replies, channel, failure
         self._whole = trio.Lock()  # reads too long to be cut into pieces: one at a time, for their memory
 
     async def read(self, waiting: Waiting) -> None:
@@ -51,7 +48,7 @@ class ColdReader:
 
     async def read_long(self, request: Request, offset: int, length: int) -> None:
         """Read piece by piece; whole, where the client cannot take pieces."""
-        if not self._structured or request.flags & c.NBD_CMD_FLAG_DF:
+        if not self._replies.in_pieces or request.flags & c.NBD_CMD_FLAG_DF:
             async with self._whole:
                 await self._read([(request, offset, length)], [True])
             return
@@ -63,7 +60,7 @@ class ColdReader:
 
     async def _read(self, wanted: list[tuple[Request, int, int]], ends: list[bool]) -> bool:
         """Read and send; False when something failed, which was answered then."""
-        header_bytes = self._header_bytes
+        header_bytes = self._replies.header_bytes
         answers = [memoryview(bytearray(header_bytes + length)) for _, _, length in wanted]
         batch = [(offset, answer[header_bytes:]) for (_, offset, _), answer in zip(wanted, answers)]
         errors = await self._disk.read_cold(batch)
@@ -72,11 +69,7 @@ class ColdReader:
             if error is not None:
                 sent.append(self._failure(request, error))
                 continue
-            if self._structured:
-                magic, data = c.NBD_STRUCTURED_REPLY_MAGIC, c.NBD_REPLY_TYPE_OFFSET_DATA
-                DATA_CHUNK.pack_into(answer, 0, magic, end, data, request.cookie, 8 + length, offset)
-            else:
-                SIMPLE_REPLY.pack_into(answer, 0, c.NBD_SIMPLE_REPLY_MAGIC, 0, request.cookie)
+            self._replies.lay_out(answer, [(request, offset, length, end)])
             sent.append(answer)
-        await self._send(sent[0] if len(sent) == 1 else b"".join(sent))
+        await self._channel.send(sent[0] if len(sent) == 1 else b"".join(sent))
         return not any(errors)

@@ -17,8 +17,9 @@ from __future__ import annotations
 import errno
 import logging
 import socket
-from collections import deque
+import ssl
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from functools import partial
 from time import perf_counter_ns
 from typing import Protocol
@@ -26,20 +27,15 @@ from typing import Protocol
 import trio
 
 from nbd_export import constants as c
-from nbd_export.cold import ColdReader, Waiting
-from nbd_export.disk import Disk, Disks, Write
-from nbd_export.handshake import Handshake, Negotiated
-from nbd_export.transmission import (
-    CHUNK,
-    DATA_CHUNK,
-    PIECE_BYTES,
-    SIMPLE_REPLY,
-    Request,
-    RequestParser,
-    lazy_buffer,
-    pack_block_status,
-    pack_error_chunk,
-)
+from nbd_export.channel import Channel, TlsChannel
+from nbd_export.disk import Disk, Disks, Offer, Write, is_answer
+from nbd_export.handshake import Handshake, Negotiated, Phase
+from nbd_export.limits import Terms
+from nbd_export.peer import Peer
+from nbd_export.reading import Reader
+from nbd_export.replies import ExtendedReplies, Replies, SimpleReplies, StructuredReplies
+from nbd_export.status import BlockStatus
+from nbd_export.transmission import NO_PAYLOAD, ExtendedRequestParser, ProtocolError, Request, RequestParser
 
 __all__ = ["Connection"]
 
@@ -47,17 +43,11 @@ log = logging.getLogger("simsr.nbd")
 
 HANDSHAKE_TIMEOUT_S = 30
 
-_OUT_BYTES = PIECE_BYTES + 4096
 _SLOW_MAX = 16  # requests of one connection that wait for a disk at one time
 _FLUSHES_MAX = 1024  # requests of one connection that wait for the next flush, and stop it from taking more
-_STATUS_EXTENTS_MAX = 1 << 15
 _SPIN_MAX_NS = 60_000
 _SPIN_MIN_NS = 4_000
 _TURN_MAX_NS = 500_000
-_LONG_TURN_MAX_NS = 2_000_000  # between the pieces of long reads
-
-_Piece = tuple[Request, int, int, bool]
-"""(request, offset in bytes, length in bytes, whether it is the last of its request)"""
 
 _CHANGES = (c.NBD_CMD_WRITE, c.NBD_CMD_WRITE_ZEROES, c.NBD_CMD_TRIM)
 
@@ -71,87 +61,119 @@ class Owner(Protocol):
         """Whether ``connection`` is the only busy one."""
 
 
-def _is_answer(error: Exception) -> bool:
-    """Whether an exception is one to answer a request with, and not a bug."""
-    return isinstance(error, OSError) or hasattr(error, "nbd_errno")
-
-
 class Connection:
     """One client. `run` is its task."""
 
-    def __init__(self, server: Owner, sock: socket.socket, client: str) -> None:
+    def __init__(self, server: Owner, sock: socket.socket, peer: Peer) -> None:
         self._server = server
         self.sock = sock
-        self._client = client
-        self._out = lazy_buffer(_OUT_BYTES)
-        self._unsent: deque[bytes | memoryview] = deque()  # not empty: some task is in `_drain`
-        self._drained = trio.Event()
+        self._peer = peer
+        self._channel = Channel(sock)
         self._slow = trio.Semaphore(_SLOW_MAX)
         self._spin_ns = _SPIN_MIN_NS
-        self._turn_began_ns = 0
         self._flushes = 0  # requests that wait for a flush
         self._flush_ended = trio.Event()
-        self._failed: dict[int, Exception] = {}  # cookies of writes in pieces of which one failed
+        self._failed: dict[int | bytes, Exception] = {}  # cookies of writes in pieces of which one failed
         self._leftover = b""
+        self._negotiated: Negotiated
+        self._replies: Replies
         self._parser: RequestParser
         self._disk: Disk
-        self._negotiated: Negotiated
+        self._terms: Terms
+        self._reader: Reader
+        self._status: BlockStatus
         self._nursery: trio.Nursery
 
-    async def run(self, disks: Disks, fixed_export: str | None) -> None:
-        negotiated = None
+    async def run(self, disks: Disks, fixed_export: str | None, tls: ssl.SSLContext | None, tls_required: bool) -> None:
+        """Serve the client until one side ends it. Raises OSError, `ProtocolError`."""
+        ended = None
         with trio.move_on_after(HANDSHAKE_TIMEOUT_S):
-            negotiated = await self._shake_hands(disks, fixed_export)
-        if negotiated is None:
+            ended = await self._shake_hands(disks, fixed_export, tls, tls_required)
+        if ended is None:
             return
-        self._negotiated = negotiated
-        self._size_bytes = negotiated.export.size_bytes
-        self._writable_bytes = 0 if negotiated.export.read_only else self._size_bytes
-        self._parser = RequestParser(self._writable_bytes)
-        self._parser.feed(self._leftover)
-        self._structured = negotiated.structured_replies
-        self._disk = disks.attach(negotiated.export.name, self._client)
-        self._cold_reader = ColdReader(self._disk, self._structured, self._send, self._failure)
+        self._negotiated, offer = ended
+        self._disk = offer.attach(self._negotiated.export.name, self.hang_up)
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
+                self._prepare()
                 await self._transmit()
                 await self._until_flushes(0)
+            self._channel.say_goodbye()
         finally:
             self._disk.detach()
 
-    async def _shake_hands(self, disks: Disks, fixed_export: str | None) -> Negotiated | None:
-        handshake = Handshake(disks, fixed_export=fixed_export)
-        await self._send(handshake.greeting())
+    def _prepare(self) -> None:
+        negotiated, disk, channel = self._negotiated, self._disk, self._channel
+        self._terms = disk.terms
+        self._size_bytes = negotiated.export.size_bytes
+        self._writable_bytes = 0 if negotiated.export.read_only else self._size_bytes
+        if negotiated.extended_headers:
+            self._replies, make_parser = ExtendedReplies(), ExtendedRequestParser
+        else:
+            self._replies, make_parser = StructuredReplies() if negotiated.structured_replies else SimpleReplies(), RequestParser
+        self._parser = make_parser(self._writable_bytes)
+        self._parser.feed(self._leftover)
+        self._reader = Reader(disk, self._replies, channel, self._later, self._failure)
+        self._status = BlockStatus(disk, negotiated.meta_contexts, self._replies, self._failure)
+
+    def hang_up(self, reason: str) -> None:
+        """Close the connection, whatever is under way."""
+        log.info("%s: closed: %s", self._peer.label, reason)
+        self._nursery.cancel_scope.cancel()
+
+    async def _shake_hands(
+        self, disks: Disks, fixed_export: str | None, tls: ssl.SSLContext | None, tls_required: bool
+    ) -> tuple[Negotiated, Offer] | None:
+        offer = disks.offer_to(self._peer)
+        handshake = Handshake(offer, fixed_export=fixed_export, tls_offered=tls is not None, tls_required=tls_required)
+        await self._channel.send(handshake.greeting())
+        space = memoryview(bytearray(65536))
         while handshake.result is None:
-            await trio.lowlevel.wait_readable(self.sock)
             try:
-                data = self.sock.recv(65536)
+                count = self._channel.recv_into(space)
             except BlockingIOError:
+                await trio.lowlevel.wait_readable(self.sock)
                 continue
-            if not data:
+            if not count:
                 return None
-            answer = handshake.receive(data)
+            answer = handshake.receive(space[:count])
             if answer:
-                await self._send(answer)
+                await self._channel.send(answer)
             if handshake.closed:
                 return None
+            if handshake.phase is Phase.STARTTLS:
+                await self._start_tls(handshake, tls)
+                offer = disks.offer_to(self._peer)
+                handshake.secured(offer)
         self._leftover = handshake.leftover
-        return handshake.result
+        return handshake.result, offer
+
+    async def _start_tls(self, handshake: Handshake, context: ssl.SSLContext) -> None:
+        """What was said in the clear so far counts for nothing, and what was said too early is refused: anybody may have said it."""
+        if handshake.leftover:
+            raise ProtocolError("the client, or somebody in between, sent more in the clear behind STARTTLS")
+        channel = TlsChannel(self.sock, context)
+        try:
+            await channel.shake_hands()
+        except ssl.SSLError as error:
+            raise ProtocolError(f"no TLS: {error.reason or error}") from None
+        self._channel, self._peer = channel, replace(self._peer, subject=channel.subject())
+        log.info("%s: %s, %s", self._peer.label, channel.describe(), self._peer)
 
     # The loop.
 
     async def _transmit(self) -> None:
-        parser, server = self._parser, self._server
-        self._turn_began_ns = perf_counter_ns()
+        parser, server, channel, terms = self._parser, self._server, self._channel, self._terms
+        channel.turn_began_ns = perf_counter_ns()
         while True:
             batch = parser.requests()
             if batch:
                 server.requests_total += len(batch)
-                if not await self._handle(batch):
+                if not await (self._handle(batch) if terms.rate is None else self._handle_at_its_rate(batch)):
                     return
-                if self._unsent:  # answers of flushes: take nothing more until the client has taken them
-                    await self._drained.wait()
+                if channel.unsent:  # answers of flushes: take nothing more until the client has taken them
+                    await channel.drained.wait()
                 if parser.has_request:
                     await trio.lowlevel.checkpoint()
                     continue
@@ -160,16 +182,16 @@ class Connection:
 
     async def _receive(self) -> bool:
         """Get more bytes into the parser; False when the client is gone."""
-        space = self._parser.space()
+        space, channel = self._parser.space(), self._channel
         now = perf_counter_ns()
-        if now - self._turn_began_ns > _TURN_MAX_NS:
+        if now - channel.turn_began_ns > _TURN_MAX_NS:
             await trio.lowlevel.checkpoint()
-            self._turn_began_ns = now = perf_counter_ns()
+            channel.turn_began_ns = now = perf_counter_ns()
         may_spin = self._server.may_spin(self, now) and not self._flushes  # whose end would go unnoticed meanwhile
         deadline = now + self._spin_ns if may_spin else 0
         while True:
             try:
-                count = self.sock.recv_into(space)
+                count = channel.recv_into(space)
             except BlockingIOError:
                 if deadline:
                     if perf_counter_ns() < deadline:
@@ -178,57 +200,32 @@ class Connection:
                     self._spin_ns = max(_SPIN_MIN_NS, self._spin_ns // 2)
                 slept = perf_counter_ns()
                 await trio.lowlevel.wait_readable(self.sock)
-                self._turn_began_ns = perf_counter_ns()
-                if self._turn_began_ns - slept < _SPIN_MAX_NS:
+                channel.turn_began_ns = perf_counter_ns()
+                if channel.turn_began_ns - slept < _SPIN_MAX_NS:
                     self._spin_ns = min(_SPIN_MAX_NS, self._spin_ns * 4)
                 continue
             self._parser.received(count)
             return count > 0
 
-    async def _send(self, data: bytes | memoryview) -> None:
-        """Send all of ``data``, not mixed with what others send; waits until the client has taken it."""
-        if self._unsent:
-            self._unsent.append(data)
-            await self._drained.wait()
-        elif rest := self._send_now(data):
-            self._unsent.append(rest)
-            await self._drain()
-
-    def _send_now(self, data: bytes | memoryview) -> bytes | memoryview:
-        """Send what can be sent without waiting; returns the rest."""
-        try:
-            sent = self.sock.send(data)
-        except BlockingIOError:
-            return data
-        return b"" if sent == len(data) else memoryview(data)[sent:]
-
     def _post(self, data: bytes) -> None:
-        """`_send` for callers that cannot wait. Never raises: if the client is gone, its task will notice."""
+        """Send, for callers that cannot wait. Never raises: if the client is gone, its task will notice."""
         try:
-            if self._unsent:
-                self._unsent.append(data)
-            elif rest := self._send_now(data):
-                self._unsent.append(rest)
-                self._nursery.start_soon(self._slow_task, self._drain)
+            if self._channel.post(data):
+                self._nursery.start_soon(self._slow_task, self._channel.drain)
         except OSError as error:
-            log.info("%s: gone before its answer: %s", self._client, error)
-
-    async def _drain(self) -> None:
-        """Send what waits. Only one task does, the one that found the queue empty."""
-        unsent = self._unsent
-        try:
-            while unsent:
-                await trio.lowlevel.wait_writable(self.sock)
-                if rest := self._send_now(unsent[0]):
-                    unsent[0] = rest
-                else:
-                    unsent.popleft()
-        finally:
-            unsent.clear()
-            self._drained.set()
-            self._drained = trio.Event()
+            log.info("%s: gone before its answer: %s", self._peer.label, error)
 
     # Requests.
+
+    async def _handle_at_its_rate(self, batch: list[Request]) -> bool:
+        """`_handle`, when the export's limits allow it."""
+        rate = self._terms.rate
+        for portion in rate.portions(batch):
+            if wait_ns := rate.take(portion, perf_counter_ns()):
+                await trio.sleep(wait_ns / 1e9)
+            if not await self._handle(portion):
+                return False
+        return True
 
     async def _handle(self, batch: list[Request]) -> bool:
         """Answer one batch; False after DISC."""
@@ -252,46 +249,52 @@ class Connection:
                 break
             elif problem := self._problem(request):
                 if request.final:
-                    answers.append(self._error(request, *problem))
+                    answers.append(self._replies.error(request, *problem))
             elif command == c.NBD_CMD_READ and not length:
-                answers.append(self._nothing(request))
+                answers.append(self._replies.nothing(request))
             elif command == c.NBD_CMD_READ:
                 reads.append(request)
             elif command == c.NBD_CMD_WRITE:
                 writes.append((offset, length, payload))
                 written.append(request)
-            elif command == c.NBD_CMD_WRITE_ZEROES:
+            elif command in (c.NBD_CMD_WRITE_ZEROES, c.NBD_CMD_TRIM):
+                if command == c.NBD_CMD_TRIM:
+                    start, end = -offset % 4096 + offset, (offset + length) & -4096
+                    offset, length = start, max(0, end - start)
+                if length > c.CLEAR_AT_ONCE_BYTES:
+                    await self._later(self._clear_and_answer, request, offset, length)
+                    continue
                 writes.append((offset, length, None))
-                written.append(request)
-            elif command == c.NBD_CMD_TRIM:
-                start, end = -offset % 4096 + offset, (offset + length) & -4096
-                writes.append((start, max(0, end - start), None))
                 written.append(request)
             elif command == c.NBD_CMD_FLUSH:
                 flushes.append(request)
             elif command == c.NBD_CMD_CACHE:
                 await self._later(self._prefetch_and_answer, request)
-            elif answer := self._block_status(request):
-                answers.append(answer)
             else:
-                await self._later(self._status_and_answer, request)
+                request = self._with_real_length(request)
+                if answer := self._status.now(request):
+                    answers.append(answer)
+                else:
+                    await self._later(self._status_and_answer, request)
         if written:
             await self._write(writes, written, answers, flushes)
         if flushes:
             self._flush(flushes, answers)
         if answers:
-            await self._send(answers[0] if len(answers) == 1 else b"".join(answers))
+            await self._channel.send(answers[0] if len(answers) == 1 else b"".join(answers))
         if reads:
-            await self._read(reads)
+            await self._reader.read(reads)
         if self._flushes > _FLUSHES_MAX:
             await self._until_flushes(_FLUSHES_MAX)
         return going_on
 
     def _problem(self, request: Request) -> tuple[int, str] | None:
         """Why a request cannot be carried out: (NBD error, text); None if it can."""
-        command, flags, _, offset, length, _, _ = request
+        command, flags, _, offset, length, payload, _ = request
         if command not in _FLAGS_ALLOWED:
             return c.NBD_EINVAL, f"unknown command {command}"
+        if flags & NO_PAYLOAD:
+            return c.NBD_EINVAL, "a write without payload"
         if flags & ~_FLAGS_ALLOWED[command]:
             return c.NBD_EINVAL, f"flags {flags:#x} are not allowed with command {command}"
         if command == c.NBD_CMD_FLUSH:
@@ -299,18 +302,38 @@ class Connection:
         changes = command in _CHANGES
         if changes and self._negotiated.export.read_only:
             return c.NBD_EPERM, "the export is read-only"
-        if offset + length > self._size_bytes:
+        if command == c.NBD_CMD_BLOCK_STATUS:
+            if flags & c.NBD_CMD_FLAG_PAYLOAD_LEN and (payload is None or len(payload) < 8 or len(payload) % 4):
+                return c.NBD_EINVAL, "the payload of a block status has 8 bytes and 4 for each context"
+            if problem := self._status.problem(request):
+                return c.NBD_EINVAL, problem
+            length = self._with_real_length(request).length
+            if not length:
+                return c.NBD_EINVAL, "block status of an empty range"
+        if offset + length > self._size_bytes and not self._has_grown_to(offset + length):
             error = c.NBD_ENOSPC if changes and command != c.NBD_CMD_TRIM else c.NBD_EINVAL
             return error, f"range {offset}+{length} is beyond the end at {self._size_bytes}"
         if command == c.NBD_CMD_READ and length > c.MAX_REQUEST_BYTES:
-            return c.NBD_EINVAL, f"a read of {length} bytes exceeds the limit of {c.MAX_REQUEST_BYTES}"
-        if command == c.NBD_CMD_READ and flags & c.NBD_CMD_FLAG_DF and not self._structured:
+            error = c.NBD_EOVERFLOW if self._negotiated.extended_headers else c.NBD_EINVAL
+            return error, f"a read of {length} bytes exceeds the limit of {c.MAX_REQUEST_BYTES}"
+        if command == c.NBD_CMD_READ and flags & c.NBD_CMD_FLAG_DF and not self._replies.in_pieces:
             return c.NBD_EINVAL, "the flag DF needs structured replies"
-        if command == c.NBD_CMD_BLOCK_STATUS and not self._negotiated.meta_contexts:
-            return c.NBD_EINVAL, "no metadata context was negotiated"
-        if command == c.NBD_CMD_BLOCK_STATUS and not length:
-            return c.NBD_EINVAL, "block status of an empty range"
         return None
+
+    @staticmethod
+    def _with_real_length(request: Request) -> Request:
+        """A BLOCK_STATUS with a payload has its length in there."""
+        if request.payload is None:
+            return request
+        return request._replace(length=int.from_bytes(request.payload[:8], "big"), payload=bytes(request.payload))
+
+    def _has_grown_to(self, end: int) -> bool:
+        """Whether the disk was resized since the client connected, and has ``end`` bytes now."""
+        if self._disk.size_bytes > self._size_bytes:
+            self._size_bytes = self._disk.size_bytes
+            if not self._negotiated.export.read_only:
+                self._parser.writable_bytes = self._writable_bytes = self._size_bytes
+        return end <= self._size_bytes
 
     async def _later(self, work: Callable[..., Awaitable[None]], *arguments: object) -> None:
         """Run ``work`` in a task of its own; waits while too many are under way for this client."""
@@ -327,26 +350,14 @@ class Connection:
         try:
             await work(*arguments)
         except ConnectionError as error:
-            log.info("%s: gone before its answer: %s", self._client, error)
+            log.info("%s: gone before its answer: %s", self._peer.label, error)
             self._nursery.cancel_scope.cancel()  # whatever it still asked for, nobody waits for the answers
-
-    def _error(self, request: Request, error: int, text: str) -> bytes:
-        if self._structured and request.command in (c.NBD_CMD_READ, c.NBD_CMD_BLOCK_STATUS):
-            return pack_error_chunk(request.cookie, error, text)
-        return SIMPLE_REPLY.pack(c.NBD_SIMPLE_REPLY_MAGIC, error, request.cookie)
-
-    def _nothing(self, request: Request) -> bytes:
-        """The answer to a read of no bytes; a chunk of data must not be empty."""
-        if self._structured:
-            done, none = c.NBD_REPLY_FLAG_DONE, c.NBD_REPLY_TYPE_NONE
-            return CHUNK.pack(c.NBD_STRUCTURED_REPLY_MAGIC, done, none, request.cookie, 0)
-        return SIMPLE_REPLY.pack(c.NBD_SIMPLE_REPLY_MAGIC, 0, request.cookie)
 
     def _failure(self, request: Request, error: Exception) -> bytes:
         number = getattr(error, "nbd_errno", None) or getattr(error, "errno", None) or errno.EIO
         where = f"{self._negotiated.export.name}, bytes {request.offset} to {request.offset + request.length}"
-        log.warning("%s: request %s of %s failed: %s", self._client, request.command, where, error)
-        return self._error(request, c.wire_error(number), str(error))
+        log.warning("%s: request %s of %s failed: %s", self._peer.label, request.command, where, error)
+        return self._replies.error(request, c.wire_error(number), str(error))
 
     # Writing.
 
@@ -359,7 +370,7 @@ class Connection:
             if done < len(writes):
                 await self._disk.write_rest(writes, done)
         except Exception as error:
-            if not _is_answer(error):
+            if not is_answer(error):
                 raise
             if len(requests) > 1:  # repeated one by one, so that each gets its own answer
                 for write, request in zip(writes, requests):
@@ -370,21 +381,41 @@ class Connection:
             else:
                 self._failed[requests[0].cookie] = error
             return
-        pack, magic = SIMPLE_REPLY.pack, c.NBD_SIMPLE_REPLY_MAGIC
+        durable = self._terms.each_write_durable
+        if durable is None:
+            durable = self._negotiated.is_tapdisk
+        acknowledged = []
         for request in requests:
             if not request.final:
                 continue
             if request.cookie in self._failed:
                 answers.append(self._failure(request, self._failed.pop(request.cookie)))
-            elif request.flags & c.NBD_CMD_FLAG_FUA:
+            elif durable or request.flags & c.NBD_CMD_FLAG_FUA:
                 flushes.append(request)
             else:
-                answers.append(pack(magic, 0, request.cookie))
+                acknowledged.append(request)
+        answers += self._replies.done(acknowledged)
+
+    async def _clear_and_answer(self, request: Request, offset: int, length: int) -> None:
+        """Zero a range that is too long to be zeroed without a pause."""
+        answers: list[bytes] = []
+        flushes: list[Request] = []
+        end = offset + length
+        while offset < end:
+            part = min(c.CLEAR_AT_ONCE_BYTES, end - offset)
+            piece = request._replace(offset=offset, length=part, final=offset + part == end)
+            await self._write([(offset, part, None)], [piece], answers, flushes)
+            offset += part
+            await trio.lowlevel.checkpoint()
+        if flushes:
+            self._flush(flushes, answers)
+        if answers:
+            await self._channel.send(b"".join(answers))
 
     def _flush(self, requests: list[Request], answers: list[bytes]) -> None:
         """Answer at once if everything is durable; else when it is, without a task that would have to be woken for that."""
         if self._disk.is_durable():
-            answers += [SIMPLE_REPLY.pack(c.NBD_SIMPLE_REPLY_MAGIC, 0, request.cookie) for request in requests]
+            answers += self._replies.done(requests)
             return
         self._flushes += len(requests)
         self._disk.flush_soon(partial(self._flushed, requests))
@@ -393,7 +424,7 @@ class Connection:
         if error is not None:
             answers = [self._failure(request, error) for request in requests]
         else:
-            answers = [SIMPLE_REPLY.pack(c.NBD_SIMPLE_REPLY_MAGIC, 0, request.cookie) for request in requests]
+            answers = self._replies.done(requests)
         self._flushes -= len(requests)
         self._flush_ended.set()
         self._post(b"".join(answers))
@@ -404,142 +435,20 @@ class Connection:
             self._flush_ended = trio.Event()
             await self._flush_ended.wait()
 
-    # Reading.
-
-    async def _read(self, requests: list[Request]) -> None:
-        """Answer reads, as many as fit into the buffer with each send."""
-        header_bytes = DATA_CHUNK.size if self._structured else SIMPLE_REPLY.size
-        pieces: list[_Piece] = []
-        used = 0
-        given_away: set[int] = set()  # cookies of requests that a task of their own will finish
-        for request in requests:
-            length = request.length
-            if length > PIECE_BYTES:
-                await self._send_pieces(pieces, used, given_away)
-                pieces, used = [], 0
-                await self._read_large(request, header_bytes, given_away)
-                continue
-            if used + header_bytes + length > len(self._out):
-                await self._send_pieces(pieces, used, given_away)
-                pieces, used = [], 0
-            pieces.append((request, request.offset, length, True))
-            used += header_bytes + length
-        await self._send_pieces(pieces, used, given_away)
-
-    async def _read_large(self, request: Request, header_bytes: int, given_away: set[int]) -> None:
-        """Answer one read piece by piece; whole, in a larger buffer, where the client cannot take pieces."""
-        if not self._structured or request.flags & c.NBD_CMD_FLAG_DF:
-            small, self._out = self._out, lazy_buffer(header_bytes + request.length)
-            try:
-                piece = (request, request.offset, request.length, True)
-                await self._send_pieces([piece], header_bytes + request.length, given_away)
-            finally:
-                self._out = small
-            return
-        offset, left = request.offset, request.length
-        while left and request.cookie not in given_away:
-            if perf_counter_ns() - self._turn_began_ns > _LONG_TURN_MAX_NS:
-                await trio.lowlevel.checkpoint()
-                self._turn_began_ns = perf_counter_ns()
-            length = min(left, PIECE_BYTES)
-            left -= length
-            await self._send_pieces([(request, offset, length, not left)], header_bytes + length, given_away)
-            offset += length
-
-    async def _send_pieces(self, pieces: list[_Piece], used: int, given_away: set[int]) -> None:
-        if not pieces:
-            return
-        out, at, batch = self._out, 0, []
-        if self._structured:
-            header_bytes, pack_into, magic = DATA_CHUNK.size, DATA_CHUNK.pack_into, c.NBD_STRUCTURED_REPLY_MAGIC
-            for request, offset, length, last in pieces:
-                pack_into(out, at, magic, last, c.NBD_REPLY_TYPE_OFFSET_DATA, request.cookie, 8 + length, offset)
-                at += header_bytes
-                batch.append((offset, out[at : at + length]))
-                at += length
-        else:
-            header_bytes = SIMPLE_REPLY.size
-            for request, offset, length, _ in pieces:
-                SIMPLE_REPLY.pack_into(out, at, c.NBD_SIMPLE_REPLY_MAGIC, 0, request.cookie)
-                at += header_bytes
-                batch.append((offset, out[at : at + length]))
-                at += length
-        try:
-            cold = self._disk.read(batch)
-        except Exception as error:
-            if not _is_answer(error):
-                raise
-            cold = list(range(len(pieces)))  # repeated one by one below, so that each gets its own answer
-        if not cold:
-            await self._send(out[:used])
-            return
-        await self._send_around(pieces, set(cold), header_bytes, given_away)
-
-    async def _send_around(self, pieces: list[_Piece], cold: set[int], header_bytes: int, given_away: set[int]) -> None:
-        """Send the pieces that are there; from the first cold piece of a request on, leave it to a task."""
-        at, ready, reader = 0, [], self._cold_reader
-        waiting = Waiting()
-        for index, (request, offset, length, _) in enumerate(pieces):
-            end = at + header_bytes + length
-            if request.cookie in given_away:
-                pass
-            elif index in cold:
-                given_away.add(request.cookie)
-                rest = request.offset + request.length - offset
-                if rest > PIECE_BYTES:
-                    await self._later(reader.read_long, request, offset, rest)
-                else:
-                    if waiting.is_full_with(rest):
-                        await self._later(reader.read, waiting)
-                        waiting = Waiting()
-                    waiting.add(request, offset, rest)
-            else:
-                ready.append(bytes(self._out[at:end]))
-            at = end
-        if waiting.requests:
-            await self._later(reader.read, waiting)
-        if ready:
-            await self._send(b"".join(ready))
-
     # The rest.
 
     async def _prefetch_and_answer(self, request: Request) -> None:
         try:
-            await self._disk.prefetch(request.offset, request.length)
+            await self._disk.prefetch(request.offset, min(request.length, c.PREFETCH_MAX_BYTES))
         except Exception as error:
-            if not _is_answer(error):
+            if not is_answer(error):
                 raise
-            await self._send(self._failure(request, error))
+            await self._channel.send(self._failure(request, error))
         else:
-            await self._send(SIMPLE_REPLY.pack(c.NBD_SIMPLE_REPLY_MAGIC, 0, request.cookie))
-
-    def _block_status(self, request: Request) -> bytes | None:
-        """The answer, or None if it has to wait for a disk."""
-        try:
-            extents = self._disk.allocation(request.offset, request.length, self._extents_max(request))
-        except Exception as error:
-            if not _is_answer(error):
-                raise
-            return self._failure(request, error)
-        return self._status_answer(request, extents) if extents else None
+            await self._channel.send(b"".join(self._replies.done([request])))
 
     async def _status_and_answer(self, request: Request) -> None:
-        try:
-            extents = await self._disk.allocation_cold(request.offset, request.length, self._extents_max(request))
-        except Exception as error:
-            if not _is_answer(error):
-                raise
-            await self._send(self._failure(request, error))
-        else:
-            await self._send(self._status_answer(request, extents))
-
-    @staticmethod
-    def _extents_max(request: Request) -> int:
-        return 1 if request.flags & c.NBD_CMD_FLAG_REQ_ONE else _STATUS_EXTENTS_MAX
-
-    def _status_answer(self, request: Request, extents: list[tuple[int, bool]]) -> bytes:
-        flags = [(length, 0 if data else c.NBD_STATE_HOLE | c.NBD_STATE_ZERO) for length, data in extents]
-        return pack_block_status(request.cookie, [(ident, flags) for ident in self._negotiated.meta_contexts.values()])
+        await self._channel.send(await self._status.later(request))
 
 
 _FLAGS_ALLOWED = {
@@ -549,7 +458,7 @@ _FLAGS_ALLOWED = {
     c.NBD_CMD_TRIM: c.NBD_CMD_FLAG_FUA,
     c.NBD_CMD_CACHE: c.NBD_CMD_FLAG_FUA,
     c.NBD_CMD_WRITE_ZEROES: c.NBD_CMD_FLAG_FUA | c.NBD_CMD_FLAG_NO_HOLE | c.NBD_CMD_FLAG_FAST_ZERO,
-    c.NBD_CMD_BLOCK_STATUS: c.NBD_CMD_FLAG_FUA | c.NBD_CMD_FLAG_REQ_ONE,
+    c.NBD_CMD_BLOCK_STATUS: c.NBD_CMD_FLAG_FUA | c.NBD_CMD_FLAG_REQ_ONE | c.NBD_CMD_FLAG_PAYLOAD_LEN,
 }
 """Flags that a command may carry. FUA is harmless on any of them, and some clients set it on all."""
 

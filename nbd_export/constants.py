@@ -110,6 +110,8 @@ NBD_REPLY_TYPE_ERROR_OFFSET = (1 << 15) | 2
 BASE_ALLOCATION = "base:allocation"
 NBD_STATE_HOLE = 1 << 0
 NBD_STATE_ZERO = 1 << 1
+QEMU_ALLOCATION_DEPTH = "qemu:allocation-depth"
+STATE_CHANGED = 1 << 0  # in "qemu:dirty-bitmap:", and in our own contexts: differs from the snapshot
 
 # --- Errors -----------------------------------------------------------------------------------------------------
 
@@ -151,6 +153,12 @@ def wire_error(errno_value: int) -> int:
 
 
 # --- Limits -----------------------------------------------------------------------------------------------------
+
+CLEAR_AT_ONCE_BYTES = 1 << 30
+"""With extended headers one request may zero or trim a whole disk; after so much others get their turn."""
+
+PREFETCH_MAX_BYTES = 1 << 32
+"""The most that one CACHE brings into memory: what it could ask for with 32 bits. It is only a hint."""
 
 MAX_REQUEST_BYTES = 32 << 20
 """The longest READ or WRITE payload. The protocol document asks for at least this much where nothing else was agreed;

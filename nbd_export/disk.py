@@ -6,18 +6,28 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from nbd_export.handshake import Exports
+from nbd_export.limits import Terms
+from nbd_export.peer import Peer
 
-__all__ = ["Disk", "Disks", "Write"]
+__all__ = ["Disk", "Disks", "Offer", "Write", "is_answer"]
 
 Write = tuple[int, int, memoryview | None]
 """(offset in bytes, length in bytes, the data or None for zeros)"""
 
 
+def is_answer(error: Exception) -> bool:
+    """Whether an exception is one to answer a request with, and not a bug."""
+    return isinstance(error, OSError) or hasattr(error, "nbd_errno")
+
+
 class Disk(Protocol):
     """One attached disk. Methods that are not async never wait; ranges are inside the disk.
 
-    Errors are exceptions with an ``nbd_errno`` attribute, or OSError.
+    Errors are exceptions with an ``nbd_errno`` attribute, or OSError. ``size_bytes`` may grow meanwhile.
     """
+
+    size_bytes: int
+    terms: Terms
 
     def read(self, batch: Sequence[tuple[int, memoryview]]) -> list[int]:
         """Fill the views from memory; returns the indices of those that would have to wait for a disk."""
@@ -46,12 +56,22 @@ class Disk(Protocol):
     async def allocation_cold(self, offset: int, length: int, extents_max: int) -> list[tuple[int, bool]]:
         """`allocation`, waiting for the disk."""
 
+    async def changed(self, context: str, offset: int, length: int, extents_max: int) -> list[tuple[int, bool]]:
+        """What a metadata context of `Offer.context` says of a range: [(length in bytes, has changed)], at least one; may stop early."""
+
     def detach(self) -> None:
         """The client is gone."""
 
 
-class Disks(Exports, Protocol):
-    """All exports of a server, and how to attach to one."""
+class Offer(Exports, Protocol):
+    """The exports of a server as one client sees them."""
 
-    def attach(self, name: str, client: str) -> Disk:
-        """Return the disk called ``name`` for one connection of ``client``. Raises if it cannot be attached."""
+    def attach(self, name: str) -> Disk:
+        """Return the disk called ``name`` for one connection. Raises `ProtocolError` if that is refused."""
+
+
+class Disks(Protocol):
+    """All exports of a server."""
+
+    def offer_to(self, peer: Peer) -> Offer:
+        """What ``peer`` may see. Asked anew when more is known of it."""

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import logging
 import os
 import socket
+import ssl
 import stat
 
 import trio
 
 from nbd_export.connection import Connection
 from nbd_export.disk import Disks
+from nbd_export.peer import Peer, peer_of
 from nbd_export.transmission import ProtocolError
 
-__all__ = ["NbdServer", "listen_unix", "listen_tcp"]
+__all__ = ["NbdServer", "listen_unix", "listen_tcp", "is_local"]
 
 log = logging.getLogger("simsr.nbd")
 
@@ -35,11 +38,16 @@ def listen_unix(path: str) -> socket.socket:
 
 
 def listen_tcp(host: str, port: int) -> socket.socket:
-    """Return a listening TCP socket. Only loopback addresses: there is no TLS yet. Raises ValueError, OSError."""
+    """Return a listening TCP socket. Raises OSError."""
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    if not (address[0].startswith("127.") or address[0] == "::1"):
-        raise ValueError(f"plain NBD is served on loopback addresses only, not on {host}; tunnel it (ssh -L) instead")
     return _listen(family, address)
+
+
+def is_local(listener: socket.socket) -> bool:
+    """Whether only this machine can reach ``listener``: a unix socket, or TCP on a loopback address."""
+    if listener.family == socket.AF_UNIX:
+        return True
+    return ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
 
 
 def _listen(family: int, address: str | tuple) -> socket.socket:
@@ -56,24 +64,36 @@ def _listen(family: int, address: str | tuple) -> socket.socket:
 
 
 class NbdServer:
-    """Serves ``disks`` on any number of listening sockets."""
+    """Serves ``disks`` on any number of listening sockets.
 
-    def __init__(self, disks: Disks) -> None:
+    ``tls``: offered on all of them if given, and required where others than this machine can reach them; everywhere with ``tls_required``.
+    ``connections_max``: further ones are closed at once; 0: no limit.
+    """
+
+    def __init__(
+        self, disks: Disks, tls: ssl.SSLContext | None = None, *, tls_required: bool = False, connections_max: int = 0
+    ) -> None:
         self._disks = disks
+        self._tls, self._tls_required = tls, tls_required
+        self._connections_max = connections_max
         self._busy: Connection | None = None  # the connection that had requests last
         self._contended_ns = 0  # when it took over from another one
         self.connections = 0
-        self.connections_total = 0
+        self.connections_total = self.refused_total = 0
         self.requests_total = 0
 
     async def serve(self, listener: socket.socket, *, fixed_export: str | None = None) -> None:
-        """Accept connections on ``listener`` until cancelled. With ``fixed_export`` all get that export."""
+        """Accept connections on ``listener`` until cancelled. With ``fixed_export`` all get that export. Raises ValueError for a socket
+        that must not be served without TLS."""
+        tls_required = self._tls_required or not is_local(listener)
+        if tls_required and self._tls is None:
+            raise ValueError(f"without TLS NBD is not served on {listener.getsockname()}")
         async with trio.open_nursery() as nursery:
             try:
                 while True:
                     await trio.lowlevel.wait_readable(listener)
                     try:
-                        sock, address = listener.accept()
+                        sock, _ = listener.accept()
                     except BlockingIOError:
                         continue
                     except OSError as error:
@@ -82,30 +102,41 @@ class NbdServer:
                         log.warning("cannot accept a connection: %s", error)
                         await trio.sleep(0.1)
                         continue
+                    if self._connections_max and self.connections >= self._connections_max:
+                        self.refused_total += 1
+                        log.warning("a connection is closed: there are %d, and no more are allowed", self.connections)
+                        sock.close()
+                        continue
+                    self.connections += 1
                     self.connections_total += 1
-                    client = f"nbd client {self.connections_total}" + (f" at {address[0]}" if address else "")
-                    nursery.start_soon(self._connection, sock, client, fixed_export)
+                    nursery.start_soon(self._connection, sock, fixed_export, tls_required)
             finally:
                 nursery.cancel_scope.cancel()
 
-    async def _connection(self, sock: socket.socket, client: str, fixed_export: str | None) -> None:
-        self.connections += 1
+    async def _connection(self, sock: socket.socket, fixed_export: str | None, tls_required: bool = False) -> None:
+        peer = Peer(f"nbd client {self.connections_total}")
         try:
+            peer = peer_of(sock, self.connections_total)
             sock.setblocking(False)
             if sock.family != socket.AF_UNIX:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
                 sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
-            await Connection(self, sock, client).run(self._disks, fixed_export)
+            await Connection(self, sock, peer).run(self._disks, fixed_export, self._tls, tls_required)
         except* (OSError, ProtocolError) as group:
-            log.info("%s: connection closed: %s", client, group.exceptions[0])
+            log.info("%s: connection closed: %s", peer.label, group.exceptions[0])
         except* Exception:
-            log.exception("%s: connection closed by a bug in simsr", client)
+            log.exception("%s: connection closed by a bug in simsr", peer.label)
         finally:
             self.connections -= 1
             if self._busy is not None and self._busy.sock is sock:
                 self._busy = None
             sock.close()
+
+    @property
+    def tls_mode(self) -> str:
+        """``off``, ``on`` (the client's choice where only this machine can connect), or ``require``."""
+        return "off" if self._tls is None else "require" if self._tls_required else "on"
 
     def may_spin(self, connection: Connection, now_ns: int) -> bool:
         """Whether ``connection`` is the only busy one. Called after each of its batches."""
@@ -119,5 +150,6 @@ class NbdServer:
         return {
             "connections": self.connections,
             "connections_total": self.connections_total,
+            "refused_total": self.refused_total,
             "requests_total": self.requests_total,
         }

@@ -7,8 +7,7 @@ The buffer is small and its beginning is used again at once, so that what was re
 written. A large WRITE is therefore handed on in pieces as it arrives (NBD does not promise that a write is atomic), unless
 it is one that will be refused: that is received whole, up to `MAX_REQUEST_BYTES`, and refused at its end.
 
-The functions at the end pack replies. Where the client negotiated structured replies, READ and BLOCK_STATUS use them, and
-everything else is answered by the shorter simple reply, as the protocol allows.
+Clients that negotiated extended headers are read by `ExtendedRequestParser`. Replies are in `nbd_export.replies`.
 """
 
 from __future__ import annotations
@@ -22,30 +21,28 @@ from nbd_export import constants as c
 __all__ = [
     "Request",
     "RequestParser",
+    "ExtendedRequestParser",
+    "NO_PAYLOAD",
     "ProtocolError",
     "PIECE_BYTES",
     "lazy_buffer",
-    "SIMPLE_REPLY",
-    "CHUNK",
-    "DATA_CHUNK",
-    "pack_error_chunk",
-    "pack_block_status",
 ]
 
 _REQUEST = struct.Struct(">IHHQQI")
+_EXTENDED = struct.Struct(">IHH16sQ")
+_U64 = struct.Struct(">Q")
 PIECE_BYTES = 512 << 10
 """A write larger than this is handed on in pieces of about this size, and structured replies to reads are sent in such pieces, so that
 what was received or read is still in the CPU's cache when it moves on."""
 
 _BUFFER_BYTES = PIECE_BYTES + (128 << 10)
-_WHOLE_BYTES = c.MAX_REQUEST_BYTES + _REQUEST.size
+_WHOLE_BYTES = c.MAX_REQUEST_BYTES + _EXTENDED.size
 _MOVE_MAX_BYTES = 8192
 _BLOCK_BYTES = 4096
 _BATCH_MAX = 256  # requests handled before anything else gets its turn
 
-SIMPLE_REPLY = struct.Struct(">IIQ")
-CHUNK = struct.Struct(">IHHQI")
-DATA_CHUNK = struct.Struct(">IHHQIQ")  # a CHUNK with the offset that OFFSET_DATA begins with
+NO_PAYLOAD = 1 << 16
+"""A flag that no client can send: this WRITE has extended headers and says that it has no payload."""
 
 
 class ProtocolError(Exception):
@@ -53,11 +50,12 @@ class ProtocolError(Exception):
 
 
 class Request(NamedTuple):
-    """One request. ``payload`` only for WRITE; ``final`` is False for all pieces of a WRITE but its last."""
+    """One request. ``payload`` only for WRITE; ``final`` is False for all pieces of a WRITE but its last. ``cookie`` is what the reply repeats
+    (`nbd_export.replies`)."""
 
     command: int
     flags: int
-    cookie: int
+    cookie: int | bytes
     offset: int
     length: int
     payload: memoryview | None
@@ -75,12 +73,14 @@ class RequestParser:
     ``writable_bytes``: writes that end within so many bytes may be handed on in pieces.
     """
 
+    _header_bytes = _REQUEST.size
+
     def __init__(self, writable_bytes: int = 0) -> None:
-        self._writable_bytes = writable_bytes
+        self.writable_bytes = writable_bytes
         self._buffer = lazy_buffer(_BUFFER_BYTES)
         self._start = self._end = 0
         self._missing = 0  # bytes that the request at _start still lacks, as far as known
-        self._open: tuple[int, int, int, int] | None = None  # flags, cookie, offset, length left of a write in pieces
+        self._open: tuple[int, int | bytes, int, int] | None = None  # flags, cookie, offset, length left of a write in pieces
 
     @property
     def buffered_bytes(self) -> int:
@@ -108,7 +108,7 @@ class RequestParser:
         elif not held and len(self._buffer) > _BUFFER_BYTES:
             self._buffer = lazy_buffer(_BUFFER_BYTES)
         if self._missing > _MOVE_MAX_BYTES:  # no more than ends this payload and shows the next header
-            return self._buffer[self._end : self._end + self._missing + _REQUEST.size]
+            return self._buffer[self._end : self._end + self._missing + self._header_bytes]
         return self._buffer[self._end :]
 
     def received(self, count: int) -> None:
@@ -131,7 +131,7 @@ class RequestParser:
             if command == c.NBD_CMD_WRITE:
                 if length > c.MAX_REQUEST_BYTES:
                     raise ProtocolError(f"a write of {length} bytes exceeds the limit of {c.MAX_REQUEST_BYTES}")
-                if length > PIECE_BYTES and offset + length <= self._writable_bytes:
+                if length > PIECE_BYTES and offset + length <= self.writable_bytes:
                     self._start, self._open = start + header_bytes, (flags, cookie, offset, length)
                     if not self._continue(batch):
                         return batch
@@ -170,27 +170,51 @@ class RequestParser:
     @property
     def has_request(self) -> bool:
         """Whether a batch was cut short, so `requests` may give more without receiving."""
-        return self._open is None and not self._missing and self._end - self._start >= _REQUEST.size
+        return self._open is None and not self._missing and self._end - self._start >= self._header_bytes
 
 
-def pack_error_chunk(cookie: int, error: int, text: str = "") -> bytes:
-    """The final chunk of a structured reply that failed."""
-    message = text.encode()[: c.MAX_NAME_BYTES]
-    body = struct.pack(">IH", error, len(message)) + message
-    header = CHUNK.pack(
-        c.NBD_STRUCTURED_REPLY_MAGIC, c.NBD_REPLY_FLAG_DONE, c.NBD_REPLY_TYPE_ERROR, cookie, len(body)
-    )  # fmt: skip
-    return header + body
+class ExtendedRequestParser(RequestParser):
+    """Requests with extended headers: 64-bit lengths, and any command may bring a payload.
 
+    The payload of a BLOCK_STATUS (8 bytes that are its real length, then the ids of the contexts it is about) is handed on as such; that of any
+    other command but WRITE is skipped, and the flag left for the connection to refuse.
+    """
 
-def pack_block_status(cookie: int, contexts: list[tuple[int, list[tuple[int, int]]]]) -> bytes:
-    """One BLOCK_STATUS chunk for each (context id, [(length in bytes, flags)]); the last one ends the reply."""
-    parts = []
-    for index, (context, extents) in enumerate(contexts):
-        done = c.NBD_REPLY_FLAG_DONE if index == len(contexts) - 1 else 0
-        numbers = [number for extent in extents for number in extent]
-        body = struct.pack(f">I{len(numbers)}I", context, *numbers)
-        parts.append(
-            CHUNK.pack(c.NBD_STRUCTURED_REPLY_MAGIC, done, c.NBD_REPLY_TYPE_BLOCK_STATUS, cookie, len(body)) + body
-        )
-    return b"".join(parts)
+    _header_bytes = _EXTENDED.size
+
+    def requests(self) -> list[Request]:
+        batch: list[Request] = []
+        if self._open is not None and not self._continue(batch):
+            return batch
+        buffer, start, end = self._buffer, self._start, self._end
+        unpack, header_bytes, has_payload = _EXTENDED.unpack_from, _EXTENDED.size, c.NBD_CMD_FLAG_PAYLOAD_LEN
+        self._missing = 0
+        while end - start >= header_bytes and len(batch) < _BATCH_MAX:
+            magic, flags, command, cookie, length = unpack(buffer, start)
+            if magic != c.NBD_EXTENDED_REQUEST_MAGIC:
+                raise ProtocolError(f"request magic {magic:#x} is not {c.NBD_EXTENDED_REQUEST_MAGIC:#x}")
+            (offset,) = _U64.unpack_from(cookie, 8)
+            payload = None
+            if flags & has_payload:
+                if length > c.MAX_REQUEST_BYTES:
+                    raise ProtocolError(f"a payload of {length} bytes exceeds the limit of {c.MAX_REQUEST_BYTES}")
+                if command == c.NBD_CMD_WRITE:
+                    flags &= ~has_payload
+                    if length > PIECE_BYTES and offset + length <= self.writable_bytes:
+                        self._start, self._open = start + header_bytes, (flags, cookie, offset, length)
+                        if not self._continue(batch):
+                            return batch
+                        start = self._start
+                        continue
+                missing = start + header_bytes + length - end
+                if missing > 0:
+                    self._missing = missing
+                    break
+                payload = buffer[start + header_bytes : start + header_bytes + length]
+                start += length
+            elif command == c.NBD_CMD_WRITE:
+                flags |= NO_PAYLOAD
+            start += header_bytes
+            batch.append(Request(command, flags, cookie, offset, length, payload, True))
+        self._start = start
+        return batch

@@ -22,11 +22,13 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from simsr import __version__
+from simsr.daemon.api_nbd import nbd_router
 from simsr.daemon.api_personality import personality_router
 from simsr.daemon.api_scrub import scrub_router
-from simsr.daemon.api_space import Walks, space_router
+from simsr.daemon.api_space import space_router
 from simsr.daemon.api_xapi import xapi_router
 from simsr.daemon.host import Host, Mounted
+from simsr.daemon.walks import Walks
 from simsr.errors import BadRequest, NotFound, SimsrError, SrExists, VdiExists
 from simsr.sr.repository import SM_CONFIG_MAX, check_sm_config, check_uuid
 from simsr.sr.space import LIMIT_MIN_BYTES
@@ -189,6 +191,7 @@ class DaemonOut(BaseModel):
     control_socket: str | None
     nbd_socket: str
     nbd_tcp: str | None
+    nbd_tls: str = Field(description="off, on or require; on a TCP address that is not loopback it is always required")
     uptime_s: float
     sr_count: int
     vdi_count: int
@@ -217,6 +220,7 @@ def make_app(host: Host, control_socket: str | None, nbd_tcp: str | None) -> Fas
     _add_sr_routes(app, host)
     _add_vdi_routes(app, host)
     _add_history_routes(app, host)
+    app.include_router(nbd_router(host))
     app.include_router(scrub_router(host))
     walks = Walks(host)
     app.include_router(space_router(host, walks))
@@ -287,7 +291,7 @@ def _add_daemon_routes(app: FastAPI, host: Host, control_socket: str | None, nbd
         """What this daemon is and does."""
         return {
             "version": __version__, "pid": os.getpid(), "root": host.root, "control_socket": control_socket,
-            "nbd_socket": host.nbd_socket, "nbd_tcp": nbd_tcp, "uptime_s": monotonic() - host.started,
+            "nbd_socket": host.nbd_socket, "nbd_tcp": nbd_tcp, "nbd_tls": host.nbd.tls_mode, "uptime_s": monotonic() - host.started,
             "sr_count": len(host.mounted), "vdi_count": sum(len(m.repository.vdis) for m in host.mounted.values()),
             "failed_srs": host.failed, "statistics": host.statistics(),
         }  # fmt: skip

@@ -8,26 +8,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from contextlib import closing
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 from urllib.parse import unquote
 
 import trio
 from fastapi import APIRouter, Query, Response
 from pydantic import AfterValidator, BaseModel, Field
 
-from simsr.daemon.host import Host, Mounted
-from simsr.errors import BadRequest, NotFound, SimsrError, StoreError
-from simsr.store.walk import Walk
+from simsr.daemon.host import Host
+from simsr.daemon.walks import Walks
+from simsr.errors import BadRequest
 
-__all__ = ["space_router", "Walks"]
+__all__ = ["space_router"]
 
 RANGES_MAX = 100_000
 _RANGES_DEFAULT = 10_000
 _ENCODE_AT_ONCE = 256  # items of an answer, in one slice
 
 Reference = Annotated[str, AfterValidator(unquote)]
-_Walk = TypeVar("_Walk", bound=Walk)
 
 
 class RangeOut(BaseModel):
@@ -60,60 +58,6 @@ class SpaceOut(BaseModel):
     distinct_bytes: int = Field(description="everything that any VDI refers to, once")
     shared_bytes: int = Field(description="the part of it that two or more VDIs refer to")
     vdis: list[VdiSpaceOut]
-
-
-class Walks:
-    """Runs walks over the stores of a host."""
-
-    def __init__(self, host: Host) -> None:
-        self._host = host
-        self._one = trio.Lock()
-        self._threads = trio.CapacityLimiter(1)
-
-    async def run(self, mounted: Mounted, begin: Callable[[], _Walk]) -> _Walk:
-        """Carry out what ``begin`` makes. Raises what that raises, `StoreError`, `NotFound` if the SR goes away meanwhile."""
-        scope, ended = trio.CancelScope(), trio.Event()
-        done: list[_Walk] = []
-        errors: list[Exception] = []
-
-        async def task() -> None:
-            try:
-                with scope:
-                    done.append(await self._run(mounted, begin))
-            except (SimsrError, OSError) as error:
-                errors.append(error)
-            finally:
-                ended.set()
-
-        # A task of the host, which closes its stores when all its tasks have ended: then nothing is held any more.
-        self._host._nursery.start_soon(task)
-        try:
-            await ended.wait()
-        finally:
-            scope.cancel()
-        if mounted.scope.cancel_called or not (done or errors):
-            raise NotFound(kind="SR", name=mounted.repository.name)
-        if errors and isinstance(errors[0], OSError):
-            raise StoreError(path=mounted.repository.store.directory.path, reason=f"a map cannot be read: {errors[0]}") from errors[0]
-        if errors:
-            raise errors[0]
-        return done[0]
-
-    async def _run(self, mounted: Mounted, begin: Callable[[], _Walk]) -> _Walk:
-        async with self._one:
-            walk = begin()
-            try:
-                with closing(walk.work()) as work:
-                    for step in work:
-                        if mounted.scope.cancel_called:  # the SR is being deleted
-                            break
-                        if step is None:
-                            await trio.lowlevel.checkpoint()
-                        else:
-                            await trio.to_thread.run_sync(step, limiter=self._threads)
-            finally:
-                mounted.engine.wake()  # what only the walk still held can be taken apart
-            return walk
 
 
 async def _encoded(answer: dict[str, Any], key: str, items: list[Any], line: Callable[[Any], dict]) -> Response:

@@ -12,8 +12,8 @@ import trio
 from fastapi import APIRouter, Response
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from simsr.daemon.api_space import Walks
 from simsr.daemon.host import Host
+from simsr.daemon.walks import Walks
 from simsr.errors import NoChangedBlocks
 from simsr.sr.vdi import Vdi
 from simsr.store.units import UNIT_BYTES

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from typing import TypeVar
 
 import trio
 from outcome import Outcome
 
+from nbd_export.limits import Terms
 from simsr.daemon.upkeep import Upkeep
 from simsr.errors import SimsrError, StoreStopped
 from simsr.store.log import KEEP_FOR_WRITES, FlushJob
@@ -37,6 +38,9 @@ _COLD_THREADS = 16
 _PREFETCH_BYTES = 1 << 20
 _RECORD_BYTES_PER_BLOCK = 64  # what the record of a single block takes, the worst case
 _Result = TypeVar("_Result")
+
+Changed = Callable[[str, int, int, int], Awaitable[list[tuple[int, bool]]]]
+"""`nbd_export.disk.Disk.changed`"""
 
 
 class Engine:
@@ -188,11 +192,19 @@ class Engine:
 class Disk:
     """An attached volume (`nbd_export.disk.Disk`)."""
 
-    def __init__(self, engine: Engine, volume: Volume, on_detach: Callable[[], None]) -> None:
+    def __init__(
+        self, engine: Engine, volume: Volume, on_detach: Callable[[], None], terms: Terms | None = None, changed: Changed | None = None
+    ) -> None:
         self._engine, self._volume, self._on_detach = engine, volume, on_detach
+        self.terms = terms or Terms()
+        self.changed = changed
         self.read = volume.read
         self.flush_soon = engine.flush_soon
         self.is_durable = engine.is_durable
+
+    @property
+    def size_bytes(self) -> int:
+        return self._volume.size_bytes
 
     async def read_cold(self, batch: Sequence[tuple[int, memoryview]]) -> list[Exception | None]:
         """Fill the views, waiting for the disk; for each what went wrong, or None. One job for all of them."""

@@ -25,13 +25,14 @@ import uuid as uuid_module
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 from urllib.parse import quote
 
 import trio
 
-from nbd_export.handshake import ExportInfo
 from nbd_export.server import NbdServer, listen_unix
-from simsr.daemon.engine import Disk, Engine
+from simsr.daemon.engine import Engine
+from simsr.daemon.nbd_offer import NbdExports
 from simsr.errors import Ambiguous, BadRequest, NotFound, SimsrError, SrExists, StoreLocked, UnknownPersonality, VdiExists, VdiInUse
 from simsr.personalities import find_personality
 from simsr.sr.lookup import resolve
@@ -72,13 +73,17 @@ def _new_uuid() -> str:
 class Host:
     """Everything one simsrd holds. Use: ``async with trio.open_nursery() as n: await n.start(host.run)``."""
 
-    def __init__(self, root: str, nbd_socket: str | None = None, map_memory_bytes: int = MAP_MEMORY_BYTES) -> None:
+    def __init__(
+        self, root: str, nbd_socket: str | None = None, map_memory_bytes: int = MAP_MEMORY_BYTES, **nbd_options: Any
+    ) -> None:
+        """``nbd_options``: those of `NbdServer`."""
         self.memory = MapMemory(map_memory_bytes)
         self.root = os.path.abspath(root)
         self.nbd_socket = nbd_socket or os.path.join(self.root, "nbd.sock")
         self.mounted: dict[str, Mounted] = {}
         self.failed: dict[str, str] = {}  # path of an SR that cannot be opened -> why
-        self.nbd = NbdServer(self)
+        self.nbd_exports = NbdExports(self)
+        self.nbd = NbdServer(self.nbd_exports, **nbd_options)
         self.started = time.monotonic()
         self._listeners: dict[str, trio.CancelScope] = {}
         self._srs_lock = trio.Lock()
@@ -306,7 +311,8 @@ class Host:
         return self._path("nbd", f"{vdi.uuid}.sock")
 
     def uri_of(self, vdi: Vdi) -> str:
-        return f"nbd+unix:///{vdi.uuid}?socket={quote(self.nbd_socket)}"
+        scheme = "nbds+unix" if self.nbd.tls_mode == "require" else "nbd+unix"
+        return f"{scheme}:///{vdi.uuid}?socket={quote(self.nbd_socket)}"
 
     def _listen(self, vdi: Vdi) -> None:
         if vdi.uuid in self._listeners:
@@ -328,28 +334,6 @@ class Host:
             scope.cancel()
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.socket_of(vdi))
-
-    # What the NBD server asks (nbd_export.disk.Disks).
-
-    def find(self, name: str) -> ExportInfo | None:
-        try:
-            if name:
-                mounted, vdi = self.find_vdi(name)
-            else:
-                ((mounted, vdi),) = ((m, vdi) for m in self.mounted.values() for vdi in m.repository.vdis.values())
-        except (NotFound, Ambiguous, ValueError):
-            return None
-        read_only = mounted.repository.imitation.export_read_only(vdi)
-        return ExportInfo(vdi.uuid, vdi.size_bytes, read_only, vdi.name.encode()[:256].decode(errors="ignore"))
-
-    def names(self) -> Iterable[str]:
-        return [vdi.uuid for vdi in self.all_vdis()]
-
-    def attach(self, name: str, client: str) -> Disk:
-        mounted, vdi = self.find_vdi(name)
-        key = object()
-        mounted.repository.attach(vdi, key, client, not mounted.repository.imitation.export_read_only(vdi), "nbd")
-        return Disk(mounted.engine, vdi.volume, lambda: mounted.repository.detach(vdi, key))
 
     def statistics(self) -> dict[str, object]:
         return {

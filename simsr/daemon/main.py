@@ -12,12 +12,14 @@ import signal
 import socket
 import stat
 import sys
+from typing import Any
 
 import trio
 from hypercorn.config import Config
 from hypercorn.trio import serve
 
-from nbd_export.server import listen_tcp, listen_unix
+from nbd_export.server import is_local, listen_tcp, listen_unix
+from nbd_export.tls import server_context
 from simsr import __version__
 from simsr.daemon.api import make_app
 from simsr.daemon.host import Host
@@ -44,7 +46,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--root", required=True, metavar="DIR", help="where everything is kept; made if missing")
     parser.add_argument("--socket", metavar="PATH", help="control socket (default: DIR/control.sock)")
     parser.add_argument("--nbd-socket", metavar="PATH", help="NBD socket for all VDIs (default: DIR/nbd.sock)")
-    parser.add_argument("--nbd-tcp", metavar="HOST:PORT", help="serve NBD on TCP too; loopback addresses only")
+    parser.add_argument("--nbd-tcp", metavar="HOST:PORT", help="serve NBD on TCP too; with TLS only, unless on a loopback address")
+    parser.add_argument("--nbd-tls-dir", metavar="DIR", help="certificates for NBD: server-cert.pem, server-key.pem, ca-cert.pem")
+    parser.add_argument(
+        "--tls", choices=["off", "on", "require"], help="whether NBD clients may or must use TLS (default: on, if there are certificates)"
+    )
+    parser.add_argument("--tls-verify-peer", action="store_true", help="NBD clients must show a certificate that ca-cert.pem vouches for")
+    parser.add_argument("--nbd-connections", type=int, default=0, metavar="N", help="close further NBD connections (default: no limit)")
+    parser.add_argument("--exit-with-parent", action="store_true", help="stop when the process that started simsrd has ended")
     parser.add_argument(
         "--map-memory", default="256MiB", metavar="SIZE", help="memory for extent maps, all SRs together (default: 256MiB)"
     )
@@ -87,16 +96,35 @@ def _listeners(arguments: argparse.Namespace, host: Host, passed: list[socket.so
         _free_socket_path(host.nbd_socket, "NBD socket")
         listeners.append(listen_unix(host.nbd_socket))
     for sock in passed:
-        if sock.family != socket.AF_UNIX and not str(sock.getsockname()[0]).startswith(("127.", "::1")):
-            raise BadRequest(what="the TCP socket from systemd", reason="plain NBD is served on loopback addresses only")
+        _refuse_without_tls("the TCP socket from systemd", sock, host)
     if arguments.nbd_tcp:
+        what = f"--nbd-tcp {arguments.nbd_tcp}"
         try:
             sock = listen_tcp(*_split_address(arguments.nbd_tcp))
-        except (ValueError, OSError) as error:
-            raise BadRequest(what=f"--nbd-tcp {arguments.nbd_tcp}", reason=str(error)) from None
+        except OSError as error:
+            raise BadRequest(what=what, reason=str(error)) from None
+        _refuse_without_tls(what, sock, host)
         listeners.append(sock)
         tcp = "{}:{}".format(*sock.getsockname()[:2])
     return listeners, tcp
+
+
+def _refuse_without_tls(what: str, sock: socket.socket, host: Host) -> None:
+    if not is_local(sock) and host.nbd.tls_mode == "off":
+        raise BadRequest(what=what, reason="plain NBD is served on loopback addresses only; give --nbd-tls-dir, or tunnel it (ssh -L)")
+
+
+def _nbd_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of the NBD server. Raises `BadRequest`."""
+    directory, mode = arguments.nbd_tls_dir, arguments.tls or ("on" if arguments.nbd_tls_dir else "off")
+    if mode != "off" and not directory:
+        raise BadRequest(what=f"--tls {mode}", reason="it needs certificates: give --nbd-tls-dir ('simsr tls-setup DIR' makes them)")
+    if arguments.tls_verify_peer and mode == "off":
+        raise BadRequest(what="--tls-verify-peer", reason="there is no TLS without --nbd-tls-dir")
+    if arguments.nbd_connections < 0:
+        raise BadRequest(what=f"--nbd-connections {arguments.nbd_connections}", reason="it is negative")
+    tls = server_context(directory, arguments.tls_verify_peer) if mode != "off" else None
+    return {"tls": tls, "tls_required": mode == "require", "connections_max": arguments.nbd_connections}
 
 
 def _free_socket_path(path: str, what: str) -> None:
@@ -118,11 +146,29 @@ def _free_socket_path(path: str, what: str) -> None:
     raise BadRequest(what=what, reason="another process listens there")
 
 
+def _watch_parent() -> int:
+    """A descriptor that becomes readable when the process that started this one ends. Raises `BadRequest`, OSError."""
+    parent = os.getppid()
+    if parent == 1:
+        raise BadRequest(what="--exit-with-parent", reason="the process that started simsrd has ended already")
+    parent_fd = os.pidfd_open(parent)
+    if os.getppid() != parent:  # it ended, and the descriptor may be of somebody else
+        raise BadRequest(what="--exit-with-parent", reason="the process that started simsrd has just ended")
+    return parent_fd
+
+
+async def _stop_with_parent(parent_fd: int) -> None:
+    await trio.lowlevel.wait_readable(parent_fd)
+    logging.getLogger("simsr").info("the process that started simsrd has ended")
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 async def _serve(arguments: argparse.Namespace) -> None:
+    parent_fd = _watch_parent() if arguments.exit_with_parent else None
     control_fd, passed = _sort_passed(listen_fds())
     if control_fd is not None and arguments.socket:
         raise BadRequest(what="--socket", reason="systemd passed the control socket already")
-    host = Host(arguments.root, arguments.nbd_socket, _map_memory(arguments.map_memory))
+    host = Host(arguments.root, arguments.nbd_socket, _map_memory(arguments.map_memory), **_nbd_options(arguments))
     host.prepare()
     control = None if control_fd is not None else os.path.abspath(arguments.socket or os.path.join(host.root, "control.sock"))
     if control is not None:
@@ -140,6 +186,8 @@ async def _serve(arguments: argparse.Namespace) -> None:
     try:
         async with trio.open_nursery() as nursery:
             with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+                if parent_fd is not None:
+                    nursery.start_soon(_stop_with_parent, parent_fd)
                 await nursery.start(host.run, listeners)
                 app = make_app(host, control, tcp)
                 await nursery.start(_serve_api, app, config, stop)

@@ -24,6 +24,7 @@ from simsr.personalities import find_personality
 from simsr.sr import boot, cbt
 from simsr.sr.hidden import is_hidden, left_over
 from simsr.sr.imitation import Imitation
+from simsr.sr.nbd_terms import NbdTerms
 from simsr.sr.space import cap_for, check_limit, describe_space
 from simsr.sr.vdi import VDI_TYPES, Attachment, Vdi
 from simsr.store.layout import BLOCK
@@ -90,7 +91,7 @@ def _round_size(size_bytes: int) -> int:
 class Repository:
     """One SR.
 
-    VDIs:       `create`, `delete`, `resize`, `update`, `get`, ``vdis``
+    VDIs:       `create`, `delete`, `resize`, `update`, `set_nbd_terms`, `get`, ``vdis``
     History:    `snapshot`, `clone`, `revert`, `begin_epoch`, `set_cbt`
     Use:        `attach`, `detach`
     Itself:     `describe`, `update_self`, `resize_self`, `check_deletable`
@@ -226,6 +227,13 @@ class Repository:
                 self._refuse_if_used(vdi, "stop sharing")
             self.store.commit([SetMeta(vdi.volume.ident, meta)])
 
+    def set_nbd_terms(self, vdi: Vdi, **changes: object) -> None:
+        """Change on which terms a VDI is served over NBD (`NbdTerms`), attached or not. Raises `BadRequest`."""
+        self._refuse_if_gone(vdi)
+        terms = NbdTerms.of(vdi.volume.meta).changed(**changes).as_meta()
+        if terms != vdi.volume.meta.get("nbd"):
+            self.store.commit([SetMeta(vdi.volume.ident, {**vdi.volume.meta, "nbd": terms})])
+
     def _changed(self, meta: dict, changes: dict, fields: frozenset[str]) -> dict:
         unknown = changes.keys() - fields
         if unknown:
@@ -260,6 +268,8 @@ class Repository:
     ) -> Vdi:  # fmt: skip
         old = vdi.volume.meta
         self._refuse_if_gone(vdi)
+        if "nbd" in old:
+            meta["nbd"] = old["nbd"]
         more, source_meta = self.imitation.admit_copy(vdi, operation, self.store.log.seq)
         return self._add(
             vdi.size_bytes, vdi, uuid, source_meta,
@@ -411,12 +421,12 @@ class Repository:
 
     # Comparing.
 
-    def diff(self, old: Vdi, new: Vdi, start: int = 0, ranges_max: int | None = None) -> Diff:
+    def diff(self, old: Vdi, new: Vdi, start: int = 0, ranges_max: int | None = None, end: int | None = None) -> Diff:
         """A job that finds what changed from ``old`` to ``new``. Raises `NotFound`."""
         for vdi in (old, new):
             self._refuse_if_gone(vdi)
             cbt.refuse_without_data(vdi, "compare")
-        return Diff(self.store, old.volume, new.volume, start, ranges_max)
+        return Diff(self.store, old.volume, new.volume, start, ranges_max, end)
 
     def changed_blocks(self, old: Vdi, new: Vdi) -> UnitDiff:
         """A job that finds which units of 64 KiB differ (`simsr.sr.cbt`). Raises `NoChangedBlocks`, `CbtSizes`, `NotFound`."""

@@ -115,14 +115,16 @@ class Diff(Walk):
     block of the log in both, or a hole in both. Ranges that touch are of different kinds. If the sizes differ, all that one of them has
     more counts as changed. Volumes of different families share nothing, so all that either has differs.
 
-    With ``start`` what is before is left out; with ``ranges_max`` there are not more than so many, and ``next_offset`` says where the
-    rest begins.
+    With ``start`` and ``end`` what is before and behind is left out, and not looked at; with ``ranges_max`` there are not more than so
+    many, and ``next_offset`` says where the rest begins.
     """
 
-    def __init__(self, store: Store, old: Volume, new: Volume, start: int = 0, ranges_max: int | None = None) -> None:
+    def __init__(
+        self, store: Store, old: Volume, new: Volume, start: int = 0, ranges_max: int | None = None, end: int | None = None
+    ) -> None:
         super().__init__(store)
         self._volumes = [old, new]
-        self._start, self._ranges_max = start, ranges_max
+        self._start, self._ranges_max, self._end = start, ranges_max, end
         self.ranges: list[tuple[int, int, bool]] = []
         self.next_offset: int | None = None
         self.old_size_bytes = self.new_size_bytes = 0
@@ -142,6 +144,8 @@ class Diff(Walk):
         while stack:
             level, number, *pair = stack[-1]
             span_bits = self._bits * (level + 1)
+            if self._end is not None and (number << span_bits) * BLOCK >= self._end:
+                break
             has_edge = self._edge >> span_bits == number
             if (pair[0] == pair[1] and not has_edge) or (number + 1 << span_bits) * BLOCK <= self._start:
                 stack.pop()
@@ -219,6 +223,7 @@ class Diff(Walk):
         return self.ranges[-1][0] + self.ranges[-1][1] if self.ranges else self._start
 
     def _append(self, begin: int, end: int, has_data: bool) -> None:
+        end = end if self._end is None else min(end, self._end)
         if begin >= end:
             return
         if self.ranges and self.ranges[-1][2] == has_data and self._covered == begin:

@@ -16,7 +16,7 @@ import trio
 import trio.testing
 from api_daemon import BLOCK, MIB, Api, Nbd, Unchanged, alone, api  # noqa: F401 (two of them are fixtures)
 
-from simsr.daemon.api_space import Walks
+from simsr.daemon.walks import Walks
 from simsr.daemon.engine import Engine
 from simsr.errors import NotFound, StoreDamaged, StoreError
 from simsr.store.files import DiskDirectory

@@ -7,16 +7,19 @@ requests that fail.
 
 from __future__ import annotations
 
+import copy
 import socket
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import trio
-from nbd_wire import MODERN, Reply, ReplyReader, go, option, request, set_meta_context
+from nbd_wire import MODERN, Reply, ReplyReader, extended_request, go, option, request, set_meta_context
 
 from nbd_export import constants as c
 from nbd_export.disk import Write
 from nbd_export.handshake import ExportInfo
+from nbd_export.limits import Terms
+from nbd_export.peer import Peer
 from simsr.errors import SimsrError
 
 __all__ = ["FakeDisk", "FakeDisks", "Client", "pattern", "SIZE_BYTES", "LARGE_BYTES", "TIMEOUT_S", "until"]
@@ -45,6 +48,8 @@ class FakeDisk:
     """A disk of ``SIZE_BYTES`` bytes."""
 
     def __init__(self, size_bytes: int = SIZE_BYTES, *, read_only: bool = False) -> None:
+        self.terms = Terms()
+        self.changes: dict[str, list[tuple[int, bool]]] = {}  # context -> what `changed` answers with
         self.content = bytearray(memoryview(_CONTENT)[:size_bytes])
         self.read_only = read_only
         self.cold: list[range] = []
@@ -175,6 +180,16 @@ class FakeDisk:
         self._check(offset, length)
         return self.extents[:extents_max] if self.extents is not None else [(length, True)]
 
+    @property
+    def size_bytes(self) -> int:
+        return len(self.content)
+
+    async def changed(self, context: str, offset: int, length: int, extents_max: int) -> list[tuple[int, bool]]:
+        self.log.append(("changed", context, offset, length, extents_max))
+        await self.gate.wait()
+        self._check(offset, length)
+        return self.changes[context][:extents_max]
+
     def detach(self) -> None:
         self.detached += 1
 
@@ -184,6 +199,14 @@ class FakeDisks:
 
     def __init__(self) -> None:
         self.disks: dict[str, FakeDisk] = {}
+        self.refusals: dict[str, Callable[[Peer], str]] = {}  # name -> why a client must not have it
+        self.hang_ups: dict[str, Callable[[str], None]] = {}
+        self._peer = Peer("nobody")
+
+    def offer_to(self, peer: Peer) -> FakeDisks:
+        offer = copy.copy(self)
+        offer._peer = peer
+        return offer
 
     def add(self, name: str, disk: FakeDisk) -> FakeDisk:
         self.disks[name] = disk
@@ -195,34 +218,45 @@ class FakeDisks:
         if name not in self.disks:
             return None
         disk = self.disks[name]
-        return ExportInfo(name, len(disk.content), disk.read_only)
+        refusal = self.refusals.get(name, lambda peer: "")(self._peer)
+        return ExportInfo(name, len(disk.content), disk.read_only, refusal=refusal)
 
     def names(self) -> Iterable[str]:
-        return list(self.disks)
+        return [name for name in self.disks if not self.find(name).refusal]
 
-    def attach(self, name: str, client: str) -> FakeDisk:
+    def contexts(self, name: str) -> Iterable[str]:
+        return list(self.disks[name].changes)
+
+    def has_context(self, name: str, context: str) -> bool:
+        return context in self.disks[name].changes
+
+    def attach(self, name: str, hang_up: Callable[[str], None]) -> FakeDisk:
         self.disks[name].attached += 1
+        self.hang_ups[name] = hang_up
         return self.disks[name]
 
 
 class Client:
     """An NBD client under trio. Sending waits when the server does not take more; use a task of its own then."""
 
-    def __init__(self, stream: trio.SocketStream, structured: bool) -> None:
+    def __init__(self, stream: trio.abc.Stream, structured: bool, extended: bool = False) -> None:
         self.stream = stream
-        self.reader = ReplyReader(structured)
+        self.reader = ReplyReader(structured or extended, extended)
+        self._request = extended_request if extended else request
         self._cookie = 0
 
     @classmethod
     async def connect(
-        cls, path: str, name: str, *, structured: bool = False, meta: tuple[str, ...] = (), tail: bytes = b""
-    ) -> Client:
+        cls, path: str, name: str, *, structured: bool = False, extended: bool = False, meta: tuple[str, ...] = (),
+        tail: bytes = b"",
+    ) -> Client:  # fmt: skip
         """Connect and shake hands; ``tail`` is sent along with the last option."""
         stream = trio.SocketStream(await _connected(path))
-        client = cls(stream, structured)
+        client = cls(stream, structured, extended)
         assert (await client.exactly(18))[:16] == b"NBDMAGICIHAVEOPT"
-        if structured:
-            await stream.send_all(MODERN + option(c.NBD_OPT_STRUCTURED_REPLY))
+        if structured or extended:
+            style = c.NBD_OPT_EXTENDED_HEADERS if extended else c.NBD_OPT_STRUCTURED_REPLY
+            await stream.send_all(MODERN + option(style))
             assert await client._acknowledged()
             if meta:
                 await stream.send_all(set_meta_context(name, *meta))
@@ -254,7 +288,7 @@ class Client:
         self._cookie += 1
         length = length or len(payload)
         self.reader.expect(command, self._cookie, offset, length)
-        return self._cookie, request(command, self._cookie, offset, length, payload, flags)
+        return self._cookie, self._request(command, self._cookie, offset, length, payload, flags)
 
     async def send(self, *arguments: object, **options: object) -> int:
         """Send one request; returns its cookie."""

@@ -20,13 +20,25 @@ FUA, NO_HOLE, DF, REQ_ONE = c.NBD_CMD_FLAG_FUA, c.NBD_CMD_FLAG_NO_HOLE, c.NBD_CM
 FAST_ZERO = c.NBD_CMD_FLAG_FAST_ZERO
 KIB, MIB = 1 << 10, 1 << 20
 
+PAYLOAD_LEN = c.NBD_CMD_FLAG_PAYLOAD_LEN
+
 REQUEST = struct.Struct(">IHHQQI")
+EXTENDED_REQUEST = struct.Struct(">IHHQQQ")
 MODERN = struct.pack(">I", c.NBD_FLAG_C_FIXED_NEWSTYLE | c.NBD_FLAG_C_NO_ZEROES)
 
 
 def request(command: int, cookie: int, offset: int = 0, length: int = 0, payload: bytes = b"", flags: int = 0) -> bytes:
     """The bytes of a request; the length is the payload's where none is given."""
     return REQUEST.pack(c.NBD_REQUEST_MAGIC, flags, command, cookie, offset, length or len(payload)) + payload
+
+
+def extended_request(
+    command: int, cookie: int, offset: int = 0, length: int = 0, payload: bytes = b"", flags: int = 0
+) -> bytes:
+    """The same with extended headers; the flag that says that there is a payload is set where there is one."""
+    if payload:
+        length, flags = len(payload), flags | PAYLOAD_LEN
+    return EXTENDED_REQUEST.pack(c.NBD_EXTENDED_REQUEST_MAGIC, flags, command, cookie, offset, length) + payload
 
 
 def option(number: int, data: bytes = b"") -> bytes:
@@ -49,10 +61,12 @@ def set_meta_context(name: str, *queries: str) -> bytes:
     return option(c.NBD_OPT_SET_META_CONTEXT, b"".join(parts))
 
 
-def shake_hands_bytes(name: str, *, structured: bool = False, meta: tuple[str, ...] = ()) -> bytes:
+def shake_hands_bytes(name: str, *, structured: bool = False, extended: bool = False, meta: tuple[str, ...] = ()) -> bytes:
     """All that a client says before transmission, in one go."""
     parts = [MODERN]
-    if structured:
+    if extended:
+        parts.append(option(c.NBD_OPT_EXTENDED_HEADERS))
+    elif structured:
         parts.append(option(c.NBD_OPT_STRUCTURED_REPLY))
     if meta:
         parts.append(set_meta_context(name, *meta))
@@ -83,8 +97,13 @@ class Reply:
         """Of a BLOCK_STATUS: context id -> [(length, flags)]."""
         found = {}
         for chunk in self.chunks:
-            assert chunk.kind == c.NBD_REPLY_TYPE_BLOCK_STATUS
-            numbers = struct.unpack(f">{len(chunk.payload) // 4}I", chunk.payload)
+            if chunk.kind == c.NBD_REPLY_TYPE_BLOCK_STATUS_EXT:
+                ident, count, *rest = struct.unpack(f">II{len(chunk.payload) // 8 - 1}Q", chunk.payload)
+                assert count == len(rest) // 2
+                numbers = (ident, *rest)
+            else:
+                assert chunk.kind == c.NBD_REPLY_TYPE_BLOCK_STATUS
+                numbers = struct.unpack(f">{len(chunk.payload) // 4}I", chunk.payload)
             assert numbers[0] not in found, "two chunks for one context"
             found[numbers[0]] = list(zip(numbers[1::2], numbers[2::2], strict=True))
         return found
@@ -99,8 +118,8 @@ class _Pending(NamedTuple):
 class ReplyReader:
     """Replies out of a byte stream. Tell it of every request with `expect`; then `feed` what arrives."""
 
-    def __init__(self, structured: bool) -> None:
-        self.structured = structured
+    def __init__(self, structured: bool, extended: bool = False) -> None:
+        self.structured, self.extended = structured, extended
         self.replies: dict[int, Reply] = {}
         self.order: list[int] = []  # cookies in the order in which their replies were completed
         self._pending: dict[int, _Pending] = {}
@@ -128,6 +147,9 @@ class ReplyReader:
             if len(view) < 16:
                 return 0
             (magic,) = struct.unpack_from(">I", view)
+            if self.extended:
+                assert magic == c.NBD_EXTENDED_REPLY_MAGIC, f"the reply begins with {bytes(view[:16]).hex()}"
+                return self._extended(view)
             if magic == c.NBD_SIMPLE_REPLY_MAGIC:
                 return self._simple(view)
             assert magic == c.NBD_STRUCTURED_REPLY_MAGIC, f"the reply begins with {bytes(view[:16]).hex()}"
@@ -158,6 +180,20 @@ class ReplyReader:
         self._take(cookie, self._pending[cookie], chunk)
         return 20 + length
 
+    def _extended(self, view: memoryview) -> int:
+        if len(view) < 32:
+            return 0
+        _, flags, kind, cookie, offset, length = struct.unpack_from(">IHHQQQ", view)
+        assert cookie in self._pending, f"a chunk with cookie {cookie}, which nobody waits for"
+        assert offset == self._pending[cookie].offset, "the reply does not repeat the offset of the request"
+        assert not flags & ~c.NBD_REPLY_FLAG_DONE
+        assert kind != c.NBD_REPLY_TYPE_BLOCK_STATUS, "32-bit extents in an extended reply"
+        if len(view) < 32 + length:
+            return 0
+        chunk = Chunk(kind, bool(flags & c.NBD_REPLY_FLAG_DONE), bytes(view[32 : 32 + length]))
+        self._take(cookie, self._pending[cookie], chunk)
+        return 32 + length
+
     def _take(self, cookie: int, pending: _Pending, chunk: Chunk) -> None:
         size = pending.length if pending.command == c.NBD_CMD_READ else 0
         if cookie not in self._partial:
@@ -180,7 +216,7 @@ class ReplyReader:
         elif chunk.kind == c.NBD_REPLY_TYPE_NONE:
             assert chunk.done and not chunk.payload
         else:
-            assert chunk.kind == c.NBD_REPLY_TYPE_BLOCK_STATUS and pending.command == c.NBD_CMD_BLOCK_STATUS
+            assert chunk.kind in (c.NBD_REPLY_TYPE_BLOCK_STATUS, c.NBD_REPLY_TYPE_BLOCK_STATUS_EXT) and pending.command == c.NBD_CMD_BLOCK_STATUS
         if chunk.done:
             del self._partial[cookie]
             assert error or (len(seen) == size and 0 not in seen), "the reply ended before all bytes were there"
@@ -195,22 +231,25 @@ class ReplyReader:
 class WireClient:
     """A blocking client on ``sock``. Use `WireClient.connect` to get to the transmission phase."""
 
-    def __init__(self, sock: socket.socket, structured: bool = False) -> None:
+    def __init__(self, sock: socket.socket, structured: bool = False, extended: bool = False) -> None:
         self.sock = sock
-        self.reader = ReplyReader(structured)
+        self.reader = ReplyReader(structured or extended, extended)
+        self._request = extended_request if extended else request
         self._cookie = 0
 
     @classmethod
-    def connect(cls, path: str, name: str = "", *, structured: bool = False, timeout_s: float = 60) -> WireClient:
+    def connect(
+        cls, path: str, name: str = "", *, structured: bool = False, extended: bool = False, timeout_s: float = 60
+    ) -> WireClient:
         """Connect to a unix socket and shake hands for export ``name``."""
         sock = socket.socket(socket.AF_UNIX)
         try:
             sock.settimeout(timeout_s)
             sock.connect(path)
             assert cls._exactly(sock, 18)[:16] == b"NBDMAGICIHAVEOPT"
-            sock.sendall(shake_hands_bytes(name, structured=structured))
+            sock.sendall(shake_hands_bytes(name, structured=structured, extended=extended))
             replies = 0
-            while replies < (2 if structured else 1):
+            while replies < (2 if structured or extended else 1):
                 _, number, kind, length = struct.unpack(">QIII", cls._exactly(sock, 20))
                 text = cls._exactly(sock, length)
                 assert not kind & c.NBD_REP_FLAG_ERROR, f"option {number} of {name!r}: {kind:#x} {text!r}"
@@ -218,7 +257,7 @@ class WireClient:
         except BaseException:
             sock.close()
             raise
-        return cls(sock, structured)
+        return cls(sock, structured, extended)
 
     @staticmethod
     def _exactly(sock: socket.socket, count: int) -> bytes:
@@ -240,7 +279,7 @@ class WireClient:
         """Send one request and return its cookie."""
         self._cookie += 1
         self.reader.expect(command, self._cookie, offset, length or len(payload))
-        self.sock.sendall(request(command, self._cookie, offset, length or len(payload), payload, flags))
+        self.sock.sendall(self._request(command, self._cookie, offset, length or len(payload), payload, flags))
         return self._cookie
 
     def receive(self) -> None:
@@ -272,7 +311,7 @@ class WireClient:
 
     def disconnect(self) -> None:
         """Say DISC and wait until the server has closed."""
-        self.sock.sendall(request(c.NBD_CMD_DISC, 0))
+        self.sock.sendall(self._request(c.NBD_CMD_DISC, 0))
         while data := self.sock.recv(1 << 20):
             self.reader.feed(data)
         self.sock.close()

@@ -33,7 +33,13 @@ class FewExports:
         return self.by_name.get(name)
 
     def names(self) -> list[str]:
-        return list(self.by_name)
+        return [name for name, export in self.by_name.items() if not export.refusal]
+
+    def contexts(self, name: str) -> list[str]:
+        return [f"simsr:changed/{SNAP.name}"] if name == DISK.name else []
+
+    def has_context(self, name: str, context: str) -> bool:
+        return context in self.contexts(name)
 
 
 def shake(**kwargs) -> Handshake:
@@ -126,6 +132,8 @@ def test_unknown_client_flags_close(flags):
     assert handshake.closed and handshake.result is None
 
 
+DEPTH, CHANGED = b"\0\0\0\0qemu:allocation-depth", b"\0\0\0\0simsr:changed/snap"
+
 # --- Options by hand: (what the client sends after its flags, what it gets, how it ends) --------------------------
 
 OPTIONS = {
@@ -205,10 +213,9 @@ OPTIONS = {
         reply(8, ERR_INVALID, b"option STRUCTURED_REPLY takes no data, but has 3 bytes"),
         None,
     ),
-    "starttls, extended headers, peek export, nonsense": (
-        option(5) + option(11) + option(4, b"disk") + option(0xFFFFFFFF, bytes(1000)) + option(0),
-        reply(5, ERR_UNSUP, b"option 5 is not supported")
-        + reply(11, ERR_UNSUP, b"option 11 is not supported")
+    "starttls, peek export, nonsense": (
+        option(5) + option(4, b"disk") + option(0xFFFFFFFF, bytes(1000)) + option(0),
+        reply(5, ERR_UNSUP, b"this server has no TLS")
         + reply(4, ERR_UNSUP, b"option 4 is not supported")
         + reply(0xFFFFFFFF, ERR_UNSUP, b"option 4294967295 is not supported")
         + reply(0, ERR_UNSUP, b"option 0 is not supported"),
@@ -219,7 +226,16 @@ OPTIONS = {
         + option(9, meta_data(b"disk", b"base:"))
         + option(9, meta_data(b"disk", b"qemu:", b"base:allocation", b"base:"))
         + option(9, meta_data(b"disk", b"qemu:dirty-bitmap:x", b"base:nothing", b"base", b"")),
-        (reply(9, 4, b"\0\0\0\0base:allocation") + reply(9, 1)) * 3 + reply(9, 1),
+        reply(9, 4, b"\0\0\0\0base:allocation") + reply(9, 4, DEPTH) + reply(9, 4, CHANGED) + reply(9, 1)
+        + reply(9, 4, b"\0\0\0\0base:allocation") + reply(9, 1)
+        + reply(9, 4, b"\0\0\0\0base:allocation") + reply(9, 4, DEPTH) + reply(9, 1)
+        + reply(9, 1),
+        None,
+    ),
+    "list metadata contexts of snapshots, by their beginning": (
+        option(9, meta_data(b"disk", b"simsr:")) + option(9, meta_data(b"disk", b"simsr:changed/"))
+        + option(9, meta_data(b"snap", b"simsr:")) + option(9, meta_data(b"disk", b"simsr")),
+        (reply(9, 4, CHANGED) + reply(9, 1)) * 2 + reply(9, 1) * 2,
         None,
     ),
     "metadata contexts selected": (
@@ -335,7 +351,7 @@ def test_tapdisk_byte_for_byte():
     assert handshake.receive(bytes.fromhex("00000003")) == b""
     assert handshake.receive(bytes.fromhex("49484156454f5054" "00000001" "0000000f")) == b""
     assert handshake.receive(b"tapdisk_client\0") == bytes.fromhex("0000000040000000" "0d6d")
-    assert handshake.result == Negotiated(DISK, False, {}, True, DISK_FLAGS)
+    assert handshake.result == Negotiated(DISK, False, {}, True, DISK_FLAGS, is_tapdisk=True)
     assert exports.asked == ["disk"]
 
 

@@ -127,14 +127,20 @@ def test_a_snapshot_is_exported_read_only_and_keeps_its_content(shared, disk):
     qemu_io(snapshot["nbd_uri"], "read -P 0x12 0 1M", read_only=True)
 
 
-def test_resize_is_seen_after_reconnecting(shared, disk):
-    with WireClient.connect(disk["nbd_socket"]) as connected:
+@pytest.mark.parametrize("kind", [{}, {"structured": True}, {"extended": True}], ids=["simple", "structured", "extended"])
+def test_a_connection_may_use_what_its_disk_has_grown_by(shared, disk, kind):
+    with WireClient.connect(disk["nbd_socket"], **kind) as connected:
         connected.write(32 * MIB - 512, b"e" * 512)
+        assert connected.call(c.NBD_CMD_READ, 32 * MIB, 512).error == c.NBD_EINVAL
+        assert connected.call(c.NBD_CMD_WRITE, 32 * MIB - 512, payload=b"e" * 1024).error == c.NBD_ENOSPC
         assert shared.post(f"/v1/vdis/{disk['uuid']}/resize", size_bytes=48 * MIB)["size_bytes"] == 48 * MIB
-        assert connected.call(c.NBD_CMD_READ, 32 * MIB, 512).error == c.NBD_EINVAL, "the size must not change under a client"
-        assert connected.read(32 * MIB - 512, 512) == b"e" * 512
+        assert connected.read(32 * MIB - 512, 1024) == b"e" * 512 + bytes(512)
+        connected.write(46 * MIB, b"n" * (2 * MIB))
+        assert connected.read(46 * MIB, 2 * MIB) == b"n" * (2 * MIB)
+        assert connected.call(c.NBD_CMD_READ, 48 * MIB - 512, 1024).error == c.NBD_EINVAL
+        assert connected.call(c.NBD_CMD_WRITE_ZEROES, 48 * MIB, 512).error == c.NBD_ENOSPC
     assert run("nbdinfo", "--size", disk["nbd_uri"]).strip() == str(48 * MIB)
-    qemu_io(disk["nbd_uri"], "read -P 0 32M 16M", "write -P 9 47M 1M", "read -P 9 47M 1M")
+    qemu_io(disk["nbd_uri"], "read -P 0 32M 14M", "write -P 9 47M 1M", "read -P 9 47M 1M")
 
 
 def test_a_disk_that_is_very_large(make_vdi):

@@ -13,28 +13,30 @@ from trio.testing import wait_all_tasks_blocked
 from nbd_export import constants as c
 from simsr.errors import BlockDamaged
 
-BOTH = pytest.mark.parametrize("structured", [False, True], ids=["simple", "structured"])
+STYLES = pytest.mark.parametrize(
+    "style", [{}, {"structured": True}, {"extended": True}], ids=["simple", "structured", "extended"]
+)
 
 
 # --- READ --------------------------------------------------------------------------------------------------------
 
 
-@BOTH
+@STYLES
 @pytest.mark.parametrize(
     ("offset", "length"),
     [(0, 1), (0, 4096), (4096, 4096), (511, 3), (4095, 2), (123, 256 * KIB), (0, 256 * KIB + 1), (777, MIB),
      (SIZE_BYTES - 1, 1), (SIZE_BYTES - 4096, 4096), (0, SIZE_BYTES)],
 )  # fmt: skip
-async def test_read(rig, structured, offset, length):
-    client = await rig.connect(structured=structured)
+async def test_read(rig, style, offset, length):
+    client = await rig.connect(**style)
     reply = await client.call(READ, offset, length)
     assert not reply.error and reply.data == pattern(offset, length)
 
 
-@BOTH
+@STYLES
 @pytest.mark.parametrize("offset", [0, 777])
-async def test_the_longest_read(rig, structured, offset):
-    client = await rig.connect("large", structured=structured)
+async def test_the_longest_read(rig, style, offset):
+    client = await rig.connect("large", **style)
     assert (await client.call(READ, offset, c.MAX_REQUEST_BYTES)).data == pattern(offset, c.MAX_REQUEST_BYTES)
 
 
@@ -61,28 +63,29 @@ async def test_df_without_structured_replies_is_an_error(rig):
     assert (await client.call(READ, 0, 4096)).data == pattern(0, 4096)
 
 
-@BOTH
-async def test_a_batch_of_reads_of_all_sizes(rig, structured):
-    client = await rig.connect(structured=structured)
+@STYLES
+async def test_a_batch_of_reads_of_all_sizes(rig, style):
+    client = await rig.connect(**style)
     ranges = [(n * 7_001, n * n * 2000 + 1) for n in range(40)]
     cookies = await client.send_batch(*[(READ, offset, length) for offset, length in ranges])
     replies = await client.replies(cookies)
     assert [reply.data for reply in replies] == [pattern(offset, length) for offset, length in ranges]
 
 
-@BOTH
-async def test_a_read_of_nothing_is_answered(rig, structured):
-    client = await rig.connect(structured=structured)
+@STYLES
+async def test_a_read_of_nothing_is_answered(rig, style):
+    client = await rig.connect(**style)
     reply = await client.call(READ, 4096, 0)
     assert reply.error in (0, c.NBD_EINVAL) and reply.data == b""
     assert (await client.call(READ, SIZE_BYTES, 0)).error in (0, c.NBD_EINVAL)
     assert (await client.call(READ, 0, 4096)).data == pattern(0, 4096)
 
 
-@pytest.mark.parametrize("structured", [False, True])
-async def test_a_read_longer_than_the_limit_is_refused_and_the_connection_goes_on(rig, structured):
-    client = await rig.connect("large", structured=structured)
-    assert (await client.call(READ, 0, c.MAX_REQUEST_BYTES + 1)).error in (c.NBD_EINVAL, c.NBD_EOVERFLOW)
+@STYLES
+async def test_a_read_longer_than_the_limit_is_refused_and_the_connection_goes_on(rig, style):
+    client = await rig.connect("large", **style)
+    too_long = c.NBD_EOVERFLOW if "extended" in style else c.NBD_EINVAL
+    assert (await client.call(READ, 0, c.MAX_REQUEST_BYTES + 1)).error == too_long
     assert (await client.call(READ, 0, (1 << 32) - 1)).error == c.NBD_EINVAL
     assert (await client.call(READ, 0, 512)).data == pattern(0, 512)
 
@@ -90,11 +93,11 @@ async def test_a_read_longer_than_the_limit_is_refused_and_the_connection_goes_o
 # --- READ of what is not in memory -------------------------------------------------------------------------------
 
 
-@BOTH
-async def test_cold_reads_are_answered_when_they_are_there_and_hot_ones_at_once(rig, structured):
+@STYLES
+async def test_cold_reads_are_answered_when_they_are_there_and_hot_ones_at_once(rig, style):
     disk = rig.disk
     disk.cold, disk.gate = [range(MIB, 2 * MIB)], trio.Event()
-    client = await rig.connect(structured=structured)
+    client = await rig.connect(**style)
     ranges = [(0, 4096), (MIB, 4096), (8192, 4096), (MIB + 8192, 4096), (2 * MIB, 4096), (MIB - 1, 2)]
     cookies = await client.send_batch(*[(READ, offset, length) for offset, length in ranges])
     for index in (0, 2, 4):
@@ -121,11 +124,11 @@ async def test_a_long_structured_read_that_is_cold_in_one_place(rig, cold, flags
         assert all(len(reply.chunks) == 1 for reply in replies)
 
 
-@BOTH
-async def test_many_cold_reads_in_one_batch(rig, structured):
+@STYLES
+async def test_many_cold_reads_in_one_batch(rig, style):
     disk = rig.disk
     disk.cold, disk.gate = [range(0, SIZE_BYTES)], trio.Event()
-    client = await rig.connect(structured=structured)
+    client = await rig.connect(**style)
     async with trio.open_nursery() as nursery:
         sent = []
         nursery.start_soon(_send_into, client, sent, [(READ, n * 4096, 4096) for n in range(300)])
@@ -141,10 +144,10 @@ async def _send_into(client: Client, sent: list, requests: list) -> None:
     sent += await client.send_batch(*requests)
 
 
-@BOTH
-async def test_the_memory_of_cold_reads_is_bounded(rig, structured):
+@STYLES
+async def test_the_memory_of_cold_reads_is_bounded(rig, style):
     """A client that asks for a lot and takes nothing must not make the server hold it all."""
-    client = await rig.connect("large", structured=structured)
+    client = await rig.connect("large", **style)
     disk = rig.disks.disks["large"]
     disk.cold, disk.gate = [range(0, LARGE_BYTES)], trio.Event()
     cookies = await client.send_batch(*[(READ, n * 4096, c.MAX_REQUEST_BYTES) for n in range(20)])
@@ -156,26 +159,26 @@ async def test_the_memory_of_cold_reads_is_bounded(rig, structured):
         assert len((await client.reply(cookie)).data) == c.MAX_REQUEST_BYTES
 
 
-@BOTH
-async def test_a_cold_read_that_fails(rig, structured):
+@STYLES
+async def test_a_cold_read_that_fails(rig, style):
     disk = rig.disk
     disk.cold = [range(0, MIB)]
     disk.failures[8192] = BlockDamaged(path="sr", volume=1, offset_bytes=8192, segment=1, segment_offset=0)
-    client = await rig.connect(structured=structured)
+    client = await rig.connect(**style)
     cookies = await client.send_batch((READ, 4096, 4096), (READ, 8192, 4096), (READ, 2 * MIB, 4096), (READ, 12288, 4096))
     replies = await client.replies(cookies)
     assert [reply.error for reply in replies] == [0, c.NBD_EIO, 0, 0]
     assert replies[0].data == pattern(4096, 4096)
 
 
-@BOTH
+@STYLES
 @pytest.mark.parametrize("length", [4096, 2 * MIB])
-async def test_a_damaged_block_fails_its_own_read_alone(rig, structured, length):
+async def test_a_damaged_block_fails_its_own_read_alone(rig, style, length):
     rig.disk.failures[MIB + length - 1] = BlockDamaged(path="sr", volume=1, offset_bytes=0, segment=1, segment_offset=0)
-    client = await rig.connect(structured=structured)
+    client = await rig.connect(**style)
     cookies = await client.send_batch((READ, 0, 4096), (READ, MIB, length), (READ, 3 * MIB, MIB), (READ, 4096, 1))
     replies = await client.replies(cookies)
     assert [reply.error for reply in replies] == [0, c.NBD_EIO, 0, 0]
     assert replies[2].data == pattern(3 * MIB, MIB)
-    if structured:
+    if style:
         assert "checksum" in replies[1].text

@@ -13,18 +13,20 @@ from nbd_export import constants as c
 from nbd_export import server as server_module
 from simsr.errors import BlockDamaged, StoreStopped
 
-BOTH = pytest.mark.parametrize("structured", [False, True], ids=["simple", "structured"])
+STYLES = pytest.mark.parametrize(
+    "style", [{}, {"structured": True}, {"extended": True}], ids=["simple", "structured", "extended"]
+)
 
 
 # --- WRITE, FUA, FLUSH -------------------------------------------------------------------------------------------
 
 
-@BOTH
+@STYLES
 @pytest.mark.parametrize("length", [1, 512, 4096, 65537, MIB, 5 * MIB + 1, 32 * MIB])
 @pytest.mark.parametrize("offset", [0, 8191])
-async def test_write(rig, structured, offset, length):
+async def test_write(rig, style, offset, length):
     name = "disk" if length < SIZE_BYTES else "large"
-    client = await rig.connect(name, structured=structured)
+    client = await rig.connect(name, **style)
     disk = rig.disks.disks[name]
     data = bytes(range(1, 256)) * (length // 255 + 1)
     assert not (await client.call(WRITE, offset, payload=data[:length])).error
