@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 from simsr import __version__
 from simsr.cli.client import DEFAULT_SOCKET, Client, Session, checked_text
 from simsr.cli.disks import Name, Sr, Vdi, clone, revert, snapshot, vdi_commands
+from simsr.cli.https_setup import https_setup
 from simsr.cli.integrity import check, salvage
 from simsr.cli.personality import personality_commands
 from simsr.cli.repositories import sr_commands
@@ -52,6 +53,7 @@ app.command("revert")(revert)
 app.command("diff")(diff)
 app.command("check")(check)
 app.command("salvage")(salvage)
+app.command("https-setup")(https_setup)
 app.command("xe", options_metavar="[--xapi PATH] COMMAND [KEY=VALUE]...", context_settings=XE_CONTEXT)(xe)
 
 Format = Annotated[Optional[str], typer.Option("--format", metavar="FORMAT", help="As qemu-img names it: raw, qcow2, vpc, ...")]
@@ -67,7 +69,7 @@ def _version(wanted: bool) -> None:
 def options(
     context: typer.Context,
     socket: Annotated[
-        str, typer.Option("--socket", envvar="SIMSR_SOCKET", metavar="PATH", help="The daemon's control socket.")
+        str, typer.Option("--socket", envvar="SIMSR_SOCKET", metavar="PATH", help="The daemon's control socket, or https://ADDRESS:PORT.")
     ] = DEFAULT_SOCKET,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
     version: Annotated[

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from simsr.cli.failures import DaemonAnswer
+from simsr.cli.remote import connect, is_remote
 from simsr.errors import BadRequest, DaemonUnreachable, NotFound
 
 if TYPE_CHECKING:
@@ -112,17 +113,24 @@ class Client:
 
     def _connected(self) -> httpx.Client:
         if self._http is None:
-            self._try_socket()
+            transport, url, headers = self._transport()
             import httpx
 
             self._http = httpx.Client(
-                # No TLS on a unix socket; verify=False spares loading the certificates of the web, 30 ms.
-                transport=httpx.HTTPTransport(uds=self.socket_path, verify=False),
-                base_url="http://simsrd",
+                transport=transport, base_url=url, headers=headers, trust_env=False,
                 timeout=httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
-                trust_env=False,
-            )
+            )  # fmt: skip
         return self._http
+
+    def _transport(self) -> tuple[httpx.BaseTransport, str, dict[str, str]]:
+        """(transport, base URL, headers)"""
+        if is_remote(self.socket_path):
+            return connect(self.socket_path, CONNECT_TIMEOUT_S)
+        self._try_socket()
+        import httpx
+
+        # No TLS on a unix socket; verify=False spares loading the certificates of the web, 30 ms.
+        return httpx.HTTPTransport(uds=self.socket_path, verify=False), "http://simsrd", {}
 
     def _try_socket(self) -> None:
         """Connect once without httpx: quick when nobody is there, and the reason is an errno and not a text."""

@@ -41,6 +41,10 @@ class ToolMissing(SimsrError):
 
     hint = "On Debian and Ubuntu: apt-get install qemu-utils"
 
+    def __init__(self, hint: str = "", **details: object) -> None:
+        super().__init__(**details)
+        self.hint = hint or self.hint
+
 
 class StartFailed(SimsrError):
     """simsrd did not start on {root}: {reason}"""

@@ -22,12 +22,14 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from simsr import __version__
+from simsr.daemon.answers import error_answer
 from simsr.daemon.api_nbd import nbd_router
 from simsr.daemon.api_personality import personality_router
 from simsr.daemon.api_scrub import scrub_router
 from simsr.daemon.api_space import space_router
 from simsr.daemon.api_xapi import xapi_router
 from simsr.daemon.host import Host, Mounted
+from simsr.daemon.listeners import nbd_uri
 from simsr.daemon.walks import Walks
 from simsr.errors import BadRequest, NotFound, SimsrError, SrExists, VdiExists
 from simsr.sr.repository import SM_CONFIG_MAX, check_sm_config, check_uuid
@@ -189,6 +191,7 @@ class DaemonOut(BaseModel):
     pid: int
     root: str
     control_socket: str | None
+    https: str | None = Field(description="where the control API is served over TLS, if it is")
     nbd_socket: str
     nbd_tcp: str | None
     nbd_tls: str = Field(description="off, on or require; on a TCP address that is not loopback it is always required")
@@ -211,12 +214,12 @@ class _PathAsSent:
         await self._app(scope, receive, send)
 
 
-def make_app(host: Host, control_socket: str | None, nbd_tcp: str | None) -> FastAPI:
+def make_app(host: Host, control_socket: str | None, nbd_tcp: str | None, https: str | None = None) -> FastAPI:
     """The application that serves ``host``."""
     app = FastAPI(title="simsrd", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_middleware(_PathAsSent)
     _add_error_handlers(app)
-    _add_daemon_routes(app, host, control_socket, nbd_tcp)
+    _add_daemon_routes(app, host, control_socket, nbd_tcp, https)
     _add_sr_routes(app, host)
     _add_vdi_routes(app, host)
     _add_history_routes(app, host)
@@ -230,42 +233,30 @@ def make_app(host: Host, control_socket: str | None, nbd_tcp: str | None) -> Fas
     return app
 
 
-def _error_response(error: SimsrError, status: int | None = None) -> JSONResponse:
-    details = {
-        key: value if isinstance(value, str | int | float | bool | None) else str(value)
-        for key, value in error.details.items()
-    }
-    body = {
-        "code": error.code, "message": str(error), "hint": error.hint, "exit_code": error.exit_code,
-        "sm_fault": error.sm_fault, "xenapi_code": error.xenapi_code, "details": details,
-    }  # fmt: skip
-    return JSONResponse({"error": body}, status_code=status or error.http_status)
-
-
 def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(SimsrError)
     async def simsr_error(request: Request, error: SimsrError) -> JSONResponse:
-        return _error_response(error)
+        return error_answer(error)
 
     @app.exception_handler(RequestValidationError)
     async def not_valid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         # What is no JSON has the position of the mistake, a number, for a name.
         where = ".".join(part for part in first["loc"] if part != "body" and isinstance(part, str)) or "the request body"
-        return _error_response(BadRequest(what=where, reason=first["msg"]))
+        return error_answer(BadRequest(what=where, reason=first["msg"]))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
         if error.status_code == 404:
-            return _error_response(NotFound(kind="API path", name=request.url.path))
-        answer = _error_response(BadRequest(what="the request", reason=str(error.detail)), error.status_code)
+            return error_answer(NotFound(kind="API path", name=request.url.path))
+        answer = error_answer(BadRequest(what="the request", reason=str(error.detail)), error.status_code)
         answer.headers.update(error.headers or {})  # which methods are allowed
         return answer
 
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> JSONResponse:
         log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return _error_response(SimsrError(reason=f"an internal error ({type(error).__name__}); the daemon's log has more"))
+        return error_answer(SimsrError(reason=f"an internal error ({type(error).__name__}); the daemon's log has more"))
 
 
 def _timed(response: Response, began: float) -> None:
@@ -285,13 +276,14 @@ def _changes(body: VdiUpdate, vdi: Vdi) -> dict[str, Any]:
     return changes
 
 
-def _add_daemon_routes(app: FastAPI, host: Host, control_socket: str | None, nbd_tcp: str | None) -> None:
+def _add_daemon_routes(app: FastAPI, host: Host, control_socket: str | None, nbd_tcp: str | None, https: str | None) -> None:
     @app.get("/v1/daemon", response_model=DaemonOut)
     async def daemon() -> dict:
         """What this daemon is and does."""
         return {
             "version": __version__, "pid": os.getpid(), "root": host.root, "control_socket": control_socket,
-            "nbd_socket": host.nbd_socket, "nbd_tcp": nbd_tcp, "nbd_tls": host.nbd.tls_mode, "uptime_s": monotonic() - host.started,
+            "https": https, "nbd_socket": host.nbd_socket, "nbd_tcp": nbd_tcp, "nbd_tls": host.nbd.tls_mode,
+            "uptime_s": monotonic() - host.started,
             "sr_count": len(host.mounted), "vdi_count": sum(len(m.repository.vdis) for m in host.mounted.values()),
             "failed_srs": host.failed, "statistics": host.statistics(),
         }  # fmt: skip
@@ -358,7 +350,7 @@ def _refuse_taken(host: Host, uuid: str | None) -> None:
 
 
 def _describe_vdi(host: Host, vdi: Vdi) -> dict:
-    return {**vdi.describe(), "nbd_uri": host.uri_of(vdi), "nbd_socket": host.socket_of(vdi)}
+    return {**vdi.describe(), "nbd_uri": nbd_uri(host, vdi), "nbd_socket": host.socket_of(vdi)}
 
 
 def _add_vdi_routes(app: FastAPI, host: Host) -> None:
@@ -420,7 +412,7 @@ def _add_vdi_routes(app: FastAPI, host: Host) -> None:
         mounted, found = host.find_vdi(vdi)
         host.attach_host(mounted, found, body.client, body.writable)
         return {
-            "nbd_uri": host.uri_of(found), "nbd_socket": host.socket_of(found), "export_name": found.uuid,
+            "nbd_uri": nbd_uri(host, found), "nbd_socket": host.socket_of(found), "export_name": found.uuid,
             "size_bytes": found.size_bytes,
         }  # fmt: skip
 

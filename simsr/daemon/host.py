@@ -80,6 +80,7 @@ class Host:
         self.memory = MapMemory(map_memory_bytes)
         self.root = os.path.abspath(root)
         self.nbd_socket = nbd_socket or os.path.join(self.root, "nbd.sock")
+        self.nbd_tcp: str | None = None  # HOST:PORT, if NBD is served on TCP, too
         self.mounted: dict[str, Mounted] = {}
         self.failed: dict[str, str] = {}  # path of an SR that cannot be opened -> why
         self.nbd_exports = NbdExports(self)

@@ -15,19 +15,20 @@ import sys
 from typing import Any
 
 import trio
-from hypercorn.config import Config
-from hypercorn.trio import serve
 
 from nbd_export.server import is_local, listen_tcp, listen_unix
 from nbd_export.tls import server_context
 from simsr import __version__
 from simsr.daemon.api import make_app
 from simsr.daemon.host import Host
+from simsr.daemon.listeners import https_from, serve_https, serve_unix, split_address
 from simsr.daemon.systemd import listen_fds, notify
 from simsr.errors import BadRequest, SimsrError
 from simsr.units import format_size, parse_size
 
 __all__ = ["main"]
+
+log = logging.getLogger("simsr.main")
 
 MAP_MEMORY_MIN_BYTES = 4 << 20
 
@@ -54,19 +55,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tls-verify-peer", action="store_true", help="NBD clients must show a certificate that ca-cert.pem vouches for")
     parser.add_argument("--nbd-connections", type=int, default=0, metavar="N", help="close further NBD connections (default: no limit)")
     parser.add_argument("--exit-with-parent", action="store_true", help="stop when the process that started simsrd has ended")
+    parser.add_argument("--https", metavar="ADDRESS:PORT", help="serve the control API over TLS too, to those who know the token")
+    parser.add_argument("--https-cert", metavar="FILE", help="certificate for --https, PEM ('simsr https-setup' makes one)")
+    parser.add_argument("--https-key", metavar="FILE", help="its private key, which nobody else may read")
+    parser.add_argument("--token-file", metavar="FILE", help="the token for --https, in a file that nobody else may read")
     parser.add_argument(
         "--map-memory", default="256MiB", metavar="SIZE", help="memory for extent maps, all SRs together (default: 256MiB)"
     )
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     parser.add_argument("--version", action="version", version=f"simsrd {__version__}")
     return parser
-
-
-def _split_address(text: str) -> tuple[str, int]:
-    host, colon, port = text.rpartition(":")
-    if not colon or not host or not port.isdigit() or not 0 <= int(port) < 65536:
-        raise BadRequest(what=f"--nbd-tcp {text}", reason="it is not of the form HOST:PORT")
-    return host.strip("[]"), int(port)
 
 
 def _map_memory(text: str) -> int:
@@ -100,7 +98,7 @@ def _listeners(arguments: argparse.Namespace, host: Host, passed: list[socket.so
     if arguments.nbd_tcp:
         what = f"--nbd-tcp {arguments.nbd_tcp}"
         try:
-            sock = listen_tcp(*_split_address(arguments.nbd_tcp))
+            sock = listen_tcp(*split_address("--nbd-tcp", arguments.nbd_tcp))
         except OSError as error:
             raise BadRequest(what=what, reason=str(error)) from None
         _refuse_without_tls(what, sock, host)
@@ -169,6 +167,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
     if control_fd is not None and arguments.socket:
         raise BadRequest(what="--socket", reason="systemd passed the control socket already")
     host = Host(arguments.root, arguments.nbd_socket, _map_memory(arguments.map_memory), **_nbd_options(arguments))
+    https = https_from(arguments)
     host.prepare()
     control = None if control_fd is not None else os.path.abspath(arguments.socket or os.path.join(host.root, "control.sock"))
     if control is not None:
@@ -177,11 +176,9 @@ async def _serve(arguments: argparse.Namespace) -> None:
     if passed_nbd:
         host.nbd_socket = passed_nbd[0]
     listeners, tcp = _listeners(arguments, host, passed)
-    config = Config()
-    config.bind = [f"unix:{control}" if control else f"fd://{control_fd}"]
-    config.umask = 0o077
-    config.loglevel = "WARNING"
-    config.graceful_timeout = 1.0
+    host.nbd_tcp = tcp
+    bind = f"unix:{control}" if control else f"fd://{control_fd}"
+    address = https.address if https else None
     stop = trio.Event()
     try:
         async with trio.open_nursery() as nursery:
@@ -189,8 +186,11 @@ async def _serve(arguments: argparse.Namespace) -> None:
                 if parent_fd is not None:
                     nursery.start_soon(_stop_with_parent, parent_fd)
                 await nursery.start(host.run, listeners)
-                app = make_app(host, control, tcp)
-                await nursery.start(_serve_api, app, config, stop)
+                app = make_app(host, control, tcp, address)
+                await nursery.start(serve_unix, app, bind, stop)
+                if https is not None:
+                    await nursery.start(serve_https, app, https, stop)
+                    log.info("control API on %s", address)
                 print(f"simsrd: ready, control socket {control or 'from systemd'}", flush=True)
                 notify("READY=1")
                 async for _ in signals:
@@ -202,10 +202,6 @@ async def _serve(arguments: argparse.Namespace) -> None:
         for path in (control, None if passed_nbd else host.nbd_socket):  # systemd's sockets outlive us
             if path and os.path.exists(path):
                 os.unlink(path)
-
-
-async def _serve_api(app, config: Config, stop: trio.Event, task_status=trio.TASK_STATUS_IGNORED) -> None:
-    await serve(app, config, shutdown_trigger=stop.wait, task_status=task_status)
 
 
 def _give_large_blocks_back() -> None:
