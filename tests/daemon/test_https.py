@@ -59,7 +59,7 @@ class Remote:
                 answer = b""
                 while piece := secure.recv(65536):
                     answer += piece
-            except ConnectionResetError:
+            except (ConnectionError, ssl.SSLError):
                 pass
             return answer
 
