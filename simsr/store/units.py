@@ -40,13 +40,13 @@ class UnitDiff(Diff):
     def __init__(self, store: Store, old: Volume, new: Volume) -> None:
         super().__init__(store, old, new)
         self.bitmap = bytearray(bitmap_bytes(new.size_bytes))
-        self._end = 0
+        self._marked = 0
 
     @property
     def _covered(self) -> int:
-        return self._end
+        return self._marked
 
     def _append(self, begin: int, end: int, has_data: bool) -> None:
         if begin < end:
             mark(self.bitmap, begin // UNIT_BYTES, -(-end // UNIT_BYTES))
-            self._end = end
+            self._marked = end
