@@ -28,6 +28,10 @@ __all__ = [
     "NotASnapshot",
     "SnapshotOfOther",
     "ShrinkRefused",
+    "AmbiguousTip",
+    "TipExpired",
+    "NothingToUndo",
+    "GroupChanged",
     "Unsupported",
     "NoSpace",
     "WrongKind",
@@ -206,6 +210,46 @@ class ShrinkRefused(BadSize):
     exit_code = 20
     http_status = 409
     hint = "Disks only grow. Create a smaller disk and copy what you need."
+
+
+class AmbiguousTip(Ambiguous):
+    """{name} has more than one tip: {candidates}"""
+
+    exit_code = 80
+    hint = "Name the tip to follow; 'simsr tree' shows what each hangs from."
+
+
+class TipExpired(SimsrError):
+    """what {operation} of VDI {uuid} would go back to is not kept any more"""
+
+    exit_code = 81
+    nbd_errno = errno.ENOENT
+    sm_fault = 1
+    xenapi_code = "SR_BACKEND_FAILURE_1"
+    http_status = 410
+    hint = "Tips are kept for a time and up to a number that 'simsr sr set' says; 'simsr tip pin' keeps one for good."
+
+
+class NothingToUndo(SimsrError):
+    """there is nothing to {operation} for VDI {uuid}"""
+
+    exit_code = 82
+    nbd_errno = errno.ENOENT
+    sm_fault = 1
+    xenapi_code = "SR_BACKEND_FAILURE_1"
+    http_status = 409
+    hint = "'simsr tree' shows what was done last; only reverts can be undone, and only an undo redone."
+
+
+class GroupChanged(SimsrError):
+    """the group cannot be changed as one: {reason}"""
+
+    exit_code = 83
+    nbd_errno = errno.EBUSY
+    sm_fault = 1
+    xenapi_code = "SR_BACKEND_FAILURE_1"
+    http_status = 409
+    hint = "Look at the disks again ('simsr tree'), then repeat it, or change them one by one."
 
 
 class Unsupported(SimsrError):

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from simsr.store.store import Delete, Store
 
-__all__ = ["BOOT_BASE", "DRAFT", "hidden_meta", "is_hidden", "left_over"]
+__all__ = ["BOOT_BASE", "DRAFT", "KEPT", "GHOST", "hidden_meta", "is_hidden", "left_over"]
 
 BOOT_BASE = "boot base"
 """What a disk with on_boot=reset goes back to; the disk's ``boot_base`` names it."""
 
 DRAFT = "draft"
 """What an operation is building. Its last record makes it a part of a VDI, or takes it away."""
+
+KEPT, GHOST = "kept", "ghost"
+"""Nodes of the tree that a disk's history is (`simsr.sr.catalogue`): discarded, but to be had back; and gone, but others descend from it.
+These have a uuid, the one they had, and ``snapshot_of`` in place of ``of``."""
 
 
 def hidden_meta(role: str, uuid: str, name: str) -> dict:

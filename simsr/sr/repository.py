@@ -4,36 +4,39 @@ Every change is one record of the log (`Store.commit`): it happens wholly or not
 around it, and is durable after the next flush, which the caller owes. Nothing here waits; the clock and the source of
 uuids are handed in.
 
-Revert, in mode ``reset`` (research/revert_semantics.md 4.1): the disk takes over the content and the size of the snapshot;
-its uuid, location, name, links and everything else stay; so does the snapshot. It costs one record, whatever the size.
-A disk whose content is the snapshot's own map already is left alone.
+What a disk was, and going back to it, is the matter of `simsr.sr.history` (revert, undo), `wishes` (what is meant), `tips` (what is kept
+without being asked for), `catalogue` and `change` (the tree). Uuid, location, name, links and everything else of a disk stay whatever it
+is reverted to.
 
 Invariants (`_check`): uuids are unique; a snapshot's map never changes; no VDI is attached twice for writing by different
-hosts unless it is sharable.
+hosts unless it is sharable; those of the catalogue.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
-from simsr.errors import BadRequest, BadSize, NotASnapshot, NotFound, ShrinkRefused, SnapshotOfOther
-from simsr.errors import SrInUse, SrNotEmpty, VdiExists, VdiInUse, VdiReadOnly
+from simsr.errors import BadRequest, BadSize, NoSpace, NotFound, ShrinkRefused
+from simsr.errors import SrInUse, SrNotEmpty, StoreStopped, VdiExists, VdiInUse, VdiReadOnly
 from simsr.personalities import find_personality
 from simsr.sr import boot, cbt
+from simsr.sr.catalogue import Catalogue
+from simsr.sr.change import Change
 from simsr.sr.hidden import is_hidden, left_over
+from simsr.sr.history import History, Reverted
 from simsr.sr.imitation import Imitation
 from simsr.sr.nbd_terms import NbdTerms
 from simsr.sr.space import cap_for, check_limit, describe_space
+from simsr.sr.tips import Keeper, check_tip_settings
 from simsr.sr.vdi import VDI_TYPES, Attachment, Vdi
+from simsr.sr.wishes import Wishes
 from simsr.store.layout import BLOCK
-from simsr.store.store import SPARES_MIN, Create, Delete, Reset, Resize, SetMeta, Store
+from simsr.store.store import SPARES_MIN, Resize, SetMeta, Store
 from simsr.store.units import UnitDiff
-from simsr.store.volume import Volume
 from simsr.store.walk import Diff, Survey, VolumeSpace
 
-__all__ = ["Repository", "Reverted", "check_uuid", "check_text", "check_sm_config", "SIZE_MAX_BYTES", "SECTOR_BYTES"]
+__all__ = ["Repository", "check_uuid", "check_text", "check_sm_config", "SIZE_MAX_BYTES", "SECTOR_BYTES"]
 
 SECTOR_BYTES = 512
 SIZE_MAX_BYTES = 1 << 48  # what the map's 36-bit block numbers address; LARGE_VDI of XenAPI ends far below
@@ -41,18 +44,10 @@ TEXT_MAX = 4096
 SM_CONFIG_MAX = 32768
 _SR_FIELDS = frozenset({"name", "description", "sm_config"})
 _VDI_FIELDS = _SR_FIELDS | {"managed", "read_only", "sharable", "on_boot"}
-_OWN_FIELDS = _SR_FIELDS | {"verify_reads"}
+_OWN_FIELDS = _SR_FIELDS | {"verify_reads", "tips_max", "tips_hours", "expose_tips"}
+GROUP_MAX = 256
 
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
-
-
-@dataclass(frozen=True)
-class Reverted:
-    """What a revert did. ``changed`` is False when the disk was at the snapshot already."""
-
-    vdi: Vdi
-    changed: bool
-    size_changed: bool
 
 
 def check_uuid(text: str) -> str:
@@ -92,8 +87,8 @@ class Repository:
     """One SR.
 
     VDIs:       `create`, `delete`, `resize`, `update`, `set_nbd_terms`, `get`, ``vdis``
-    History:    `snapshot`, `clone`, `revert`, `begin_epoch`, `set_cbt`
-    Use:        `attach`, `detach`
+    History:    `snapshot`, `snapshot_group`, `clone`, `revert`; all else: ``history``, ``wishes``, ``keeper`` (tips); `begin_epoch`, `set_cbt`
+    Use:        `attach`, `detach`, `written`
     Itself:     `describe`, `update_self`, `resize_self`, `check_deletable`
     Comparing:  `diff`, `changed_blocks`, `survey`
     """
@@ -101,18 +96,14 @@ class Repository:
     def __init__(self, store: Store, now: Callable[[], str], new_uuid: Callable[[], str]) -> None:
         self.store = store
         self._now, self._new_uuid = now, new_uuid
-        self.vdis: dict[str, Vdi] = {}
+        self.catalogue = Catalogue(store, self.uuid, lambda vdi: self.imitation.shown(vdi))
+        self.vdis, self.tips = self.catalogue.vdis, self.catalogue.tips
         self.imitation = Imitation(find_personality(self.personality), self.vdis, lambda: self.name, self._physical)
+        self.keeper = Keeper(store, self.catalogue, now)
+        self.history, self.wishes = History(self.catalogue, self.keeper, new_uuid, self.imitation), Wishes(self.catalogue)
         self._apply_settings()
-        for volume in store.volumes.values():
-            if not is_hidden(volume.meta):
-                self._register(volume)
         if left := left_over(store):
             store.commit(left)
-
-    def _register(self, volume: Volume) -> Vdi:
-        vdi = self.vdis[volume.meta["uuid"]] = Vdi(volume, self.uuid, self.imitation.shown)
-        return vdi
 
     @property
     def uuid(self) -> str:
@@ -137,6 +128,11 @@ class Repository:
         """Whether every block read is held against its checksum, or only those that come from the disk."""
         return self.store.meta.get("verify_reads", True)
 
+    @property
+    def expose_tips(self) -> bool:
+        """Whether tips are listed with the snapshots."""
+        return self.store.meta.get("expose_tips", False)
+
     def _apply_settings(self) -> None:
         pool = self.store.pool
         pool.cap_segments, pool.verify_reads = cap_for(self.limit_bytes, self.store.geometry), self.verify_reads
@@ -144,11 +140,11 @@ class Repository:
     # VDIs.
 
     def get(self, uuid: str) -> Vdi:
-        """Return the VDI of that uuid. Raises `NotFound`."""
-        try:
-            return self.vdis[uuid]
-        except KeyError:
-            raise NotFound(kind="VDI", name=uuid) from None
+        """Return the disk, snapshot or tip of that uuid. Raises `NotFound`."""
+        vdi = self.catalogue.get(uuid)
+        if vdi is None:
+            raise NotFound(kind="VDI", name=uuid)
+        return vdi
 
     def create(
         self, size_bytes: int, *, uuid: str | None = None, name: str = "", description: str = "", type: str = "user",
@@ -164,33 +160,37 @@ class Repository:
             snapshot_of=None, snapshot_time=None, **more,
         )  # fmt: skip
 
-    def _add(
-        self, size_bytes: int, source: Vdi | None, uuid: str | None, source_meta: dict | None = None, **meta: object
-    ) -> Vdi:
+    def _add(self, size_bytes: int, source: Vdi | None, uuid: str | None, **meta: object) -> Vdi:
+        change = Change(self.store, self.catalogue)
+        ident = self._put_in(change, size_bytes, source, uuid, **meta)
+        change.commit()
+        return self.catalogue.node(ident)
+
+    def _put_in(self, change: Change, size_bytes: int, source: Vdi | None, uuid: str | None, **meta: object) -> int:
+        """Make a VDI a part of ``change``; returns the number of its volume."""
         if source is not None:
             self._refuse_if_gone(source)
             cbt.refuse_without_data(source, "copy")
         uuid = self._new_uuid() if uuid is None else check_uuid(uuid)
-        if uuid in self.vdis:
+        if self.catalogue.get(uuid):
             raise VdiExists(uuid=uuid)
         family = source.family if source else uuid
         meta = {"uuid": uuid, "family": family, "created_time": self._now(), "managed": True, **meta}
-        ident = self.store.new_ident()
-        ops: list[Create | SetMeta] = [Create(ident, size_bytes, meta, source.volume.ident if source else None)]
-        if source and source_meta is not None:
-            ops.append(SetMeta(source.volume.ident, source_meta))
-        self.store.commit(ops)
-        return self._register(self.store.volumes[ident])
+        return change.create(size_bytes, meta, source.volume.ident if source else None)
 
     def delete(self, vdi: Vdi) -> None:
-        """Remove a VDI; its snapshots and clones stay as they are (but see `Imitation.dying_with`). Raises `VdiInUse`, `NotFound`."""
+        """Remove a VDI; its snapshots and clones stay as they are, its tips go with it (but see `Imitation.dying_with`). Raises `VdiInUse`, `NotFound`."""
         self._refuse_if_gone(vdi)
         dying = [vdi, *self.imitation.dying_with(vdi)]
         for one in dying:
             self._refuse_if_used(one, "delete")
-        self.store.commit([Delete(ident) for one in dying for ident in (one.volume.ident, *boot.bases(one))])
+        change = Change(self.store, self.catalogue)
         for one in dying:
-            del self.vdis[one.uuid]
+            if one.is_a_snapshot:
+                self.keeper.remove_node(change, one.volume.ident)
+            else:
+                self.keeper.remove_disk(change, one)
+        change.commit(urgent=True)
 
     def resize(self, vdi: Vdi, size_bytes: int) -> None:
         """Grow a disk, attached or not; clients see it when they connect anew. Raises `ShrinkRefused`, `VdiReadOnly`."""
@@ -249,30 +249,64 @@ class Repository:
 
     def snapshot(
         self, vdi: Vdi, *, uuid: str | None = None, name: str | None = None, description: str | None = None,
-        sm_config: dict[str, str] | None = None,
+        sm_config: dict[str, str] | None = None, group: str | None = None,
     ) -> Vdi:  # fmt: skip
-        """Keep the content of ``vdi`` as it is now, attached or not, in a VDI that never changes. O(1)."""
-        meta = {"snapshot_of": vdi.uuid, "snapshot_time": self._now(), **cbt.inherited(vdi)}
-        return self._descend(vdi, "snapshot", uuid, name, description, sm_config, **meta)
+        """Keep the content of ``vdi`` as it is now, attached or not, in a VDI that never changes. O(1).
+
+        ``group``: a stamp; snapshots that carry the same one can be reverted to together.
+        """
+        change = Change(self.store, self.catalogue)
+        stamp = None if group is None else {"id": check_text("group", group, 256)}
+        ident = self._snapshot(change, vdi, uuid, name, description, sm_config, stamp)
+        change.commit()
+        return self.catalogue.node(ident)
+
+    def snapshot_group(self, vdis: Sequence[Vdi], *, name: str | None = None) -> list[Vdi]:
+        """Snapshot several disks at one moment, in one record. Raises `BadRequest` if they are not two to 256 different ones."""
+        if len({vdi.uuid for vdi in vdis}) != len(vdis) or not 2 <= len(vdis) <= GROUP_MAX or any(vdi.is_a_snapshot for vdi in vdis):
+            raise BadRequest(what="the group", reason=f"it must be 2 to {GROUP_MAX} disks, each of them once")
+        change, stamp = Change(self.store, self.catalogue), {"id": self._new_uuid(), "n": len(vdis)}
+        idents = [self._snapshot(change, vdi, None, name, None, None, stamp) for vdi in vdis]
+        change.commit()
+        return [self.catalogue.node(ident) for ident in idents]
+
+    def _snapshot(
+        self, change: Change, vdi: Vdi, uuid: str | None, name: str | None, description: str | None, sm_config: dict | None,
+        stamp: dict | None,
+    ) -> int:  # fmt: skip
+        if vdi.is_a_tip:
+            raise BadRequest(what=f"a snapshot of the tip {vdi.uuid}", reason="pin it instead, which makes a snapshot of it")
+        stamped = {} if stamp is None else {"group": stamp}
+        parent = vdi.volume.ident if vdi.is_a_snapshot else vdi.parent
+        more = {"snapshot_of": vdi.uuid, "snapshot_time": self._now(), "parent": parent, **cbt.inherited(vdi), **stamped}
+        ident = self._copy(change, vdi, "snapshot", uuid, name, description, sm_config, **more)
+        if not vdi.is_a_snapshot:
+            change.set(vdi.volume.ident, parent=ident, history={**vdi.history, "gen": vdi.gen + 1})
+        return ident
 
     def clone(
         self, vdi: Vdi, *, uuid: str | None = None, name: str | None = None, description: str | None = None,
         sm_config: dict[str, str] | None = None,
     ) -> Vdi:  # fmt: skip
-        """Make a disk with the content of ``vdi``, which may be a snapshot. O(1)."""
-        return self._descend(vdi, "clone", uuid, name, description, sm_config, snapshot_of=None, snapshot_time=None)
+        """Make a disk with the content of ``vdi``, which may be a snapshot or a tip. O(1)."""
+        change = Change(self.store, self.catalogue)
+        ident = self._copy(change, vdi, "clone", uuid, name, description, sm_config, snapshot_of=None, snapshot_time=None)
+        change.commit()
+        return self.catalogue.node(ident)
 
-    def _descend(
-        self, vdi: Vdi, operation: str, uuid: str | None, name: str | None, description: str | None, sm_config: dict | None,
-        **meta: object,
-    ) -> Vdi:  # fmt: skip
-        old = vdi.volume.meta
+    def _copy(
+        self, change: Change, vdi: Vdi, operation: str, uuid: str | None, name: str | None, description: str | None,
+        sm_config: dict | None, **meta: object,
+    ) -> int:  # fmt: skip
+        old = vdi.meta
         self._refuse_if_gone(vdi)
         if "nbd" in old:
             meta["nbd"] = old["nbd"]
-        more, source_meta = self.imitation.admit_copy(vdi, operation, self.store.log.seq)
-        return self._add(
-            vdi.size_bytes, vdi, uuid, source_meta,
+        more, source_meta = self.imitation.admit_copy(vdi, operation, -self.store.new_ident())
+        if source_meta is not None:
+            change.set(vdi.volume.ident, chain=source_meta["chain"])
+        return self._put_in(
+            change, vdi.size_bytes, vdi, uuid,
             name=old["name"] if name is None else check_text("name", name),
             description=old["description"] if description is None else check_text("description", description),
             type=old["type"], sharable=False, read_only=False,
@@ -280,31 +314,22 @@ class Repository:
         )  # fmt: skip
 
     def revert(self, snapshot: Vdi, target: str | None = None) -> Reverted:
-        """Take the disk that ``snapshot`` was made of back to it. O(1), and atomic.
+        """Take the disk that ``snapshot`` was made of, or ``target``, back to it, as xapi wants it: mode ``reset``. O(1), and atomic.
 
-        ``target``: the uuid of the disk, where the caller knows better than the snapshot's link. xapi moves these links when
-        it reverts by cloning; so any disk of the same family is accepted, and no other.
-
-        Raises `NotASnapshot`, `SnapshotOfOther`, `NotFound` (the disk is gone), `VdiInUse`, with nothing changed.
+        Raises what `Wishes.one` and `History.carry_out` raise, with nothing changed.
         """
         self._refuse_if_gone(snapshot)
-        if not snapshot.is_a_snapshot:
-            raise NotASnapshot(uuid=snapshot.uuid)
-        cbt.refuse_without_data(snapshot, "revert to")
-        vdi = self.get(snapshot.snapshot_of if target is None else check_uuid(target))
-        if vdi.uuid != snapshot.snapshot_of and (vdi.family != snapshot.family or vdi.is_a_snapshot):
-            raise SnapshotOfOther(snapshot=snapshot.uuid, origin=snapshot.snapshot_of, target=vdi.uuid)
-        self._refuse_if_used(vdi, "revert")
-        meta = self.imitation.admit_revert(snapshot, vdi)
-        ours, theirs = vdi.volume, snapshot.volume
-        size_changed = ours.size_bytes != theirs.size_bytes
-        changed = size_changed or ours.map.root != theirs.map.root
-        ops: list[Reset | SetMeta] = boot.follow(self.store, vdi, theirs)
-        if changed:
-            ops += [Reset(ours.ident, theirs.ident), *([SetMeta(ours.ident, meta)] if meta else [])]
-        if ops:
-            self.store.commit(ops)
-        return Reverted(vdi, changed, size_changed)
+        wish = self.wishes.one(snapshot, target=None if target is None else check_uuid(target))
+        return self.history.carry_out([wish])[0]
+
+    def pin(self, tip: Vdi, name: str | None = None, description: str = "") -> Vdi:
+        """Make a snapshot of a tip, which keeps its uuid. Raises `BadRequest`, `NotFound`."""
+        self._refuse_if_gone(tip)
+        if not tip.is_a_tip:
+            raise BadRequest(what=f"pinning VDI {tip.uuid}", reason="it is not a tip; snapshots stay until they are deleted")
+        name = tip.name if name is None else check_text("name", name)
+        self.keeper.pin(tip, name, check_text("description", description))
+        return self.vdis[tip.uuid]
 
     def begin_epoch(self, vdi: Vdi) -> bool:
         """A VM is about to start with ``vdi``: take it back to its base if it is on_boot=reset; whether that changed it. O(1), atomic.
@@ -344,13 +369,31 @@ class Repository:
                     raise VdiInUse(operation="attach", uuid=vdi.uuid, by=other.client)
         vdi.attachments[key] = Attachment(client, writable, kind)
 
-    def detach(self, vdi: Vdi, key: object) -> None:
-        """Note that the use ``key`` has ended; nothing happens if there is none."""
-        vdi.attachments.pop(key, None)
+    def detach(self, vdi: Vdi, key: object, in_order: bool = True) -> None:
+        """Note that the use ``key`` has ended, ``in_order`` or just so; nothing happens if there is none."""
+        ended = vdi.attachments.pop(key, None)
+        if ended is not None and ended.writable and in_order and not vdi.attachments:
+            self._set_open(vdi, False)
+
+    def written(self, vdi: Vdi) -> None:
+        """Note that somebody attached is about to write: until the last one leaves in order, the content is as a crash leaves it.
+
+        To be called before the first write of each attachment, so that no write is in the log without this in front of it.
+        """
+        self._set_open(vdi, True)
+
+    def _set_open(self, vdi: Vdi, is_open: bool) -> None:
+        if bool(vdi.history.get("open")) == is_open or self.vdis.get(vdi.uuid) is not vdi:
+            return
+        history = {key: value for key, value in vdi.history.items() if key != "open"} | ({"open": True} if is_open else {})
+        try:
+            self.store.commit([SetMeta(vdi.volume.ident, {**vdi.volume.meta, "history": history})])
+        except (NoSpace, StoreStopped):
+            pass  # no reason to refuse a write; whatever cannot be logged is not in the log after it either
 
     def _refuse_if_gone(self, vdi: Vdi) -> None:
         """Callers may have waited since they found ``vdi``, and a record about a VDI that is gone could not be replayed."""
-        if self.vdis.get(vdi.uuid) is not vdi:
+        if self.catalogue.get(vdi.uuid) is not vdi:
             raise NotFound(kind="VDI", name=vdi.uuid)
 
     @staticmethod
@@ -361,13 +404,15 @@ class Repository:
     # Itself.
 
     def update_self(self, **changes: object) -> None:
-        """Change any of name, description, sm_config, verify_reads of the SR. Raises `BadRequest`."""
+        """Change any of name, description, sm_config, verify_reads, tips_max, tips_hours, expose_tips of the SR. Raises `BadRequest`."""
+        check_tip_settings(changes)
         meta = self._changed(self.store.meta, changes, _OWN_FIELDS)
         if not meta["name"]:
             raise BadRequest(what="the name of the SR", reason="it is empty")
         if meta != self.store.meta:
             self.store.commit([SetMeta(0, meta)])
             self._apply_settings()
+            self.keeper.expire()
 
     def resize_self(self, limit_bytes: int) -> None:
         """Change the size limit. Raises `BadSize`, also if what is in use would not fit."""
@@ -410,6 +455,10 @@ class Repository:
             "limit_bytes": self.limit_bytes,
             "personality": self.personality,
             "verify_reads": self.verify_reads,
+            "tips_max": self.keeper.tips_max,
+            "tips_hours": self.keeper.tips_hours,
+            "expose_tips": self.expose_tips,
+            "tip_count": len(self.tips),
             "physical_size_bytes": physical_size_bytes,
             "physical_utilisation_bytes": physical_utilisation_bytes,
             "virtual_allocation_bytes": sum(vdi.size_bytes for vdi in self.vdis.values()),
@@ -467,10 +516,7 @@ class Repository:
 
     def _check(self) -> None:
         """Verify the invariants; for tests."""
-        hidden = {ident for ident, volume in self.store.volumes.items() if is_hidden(volume.meta)}
-        assert {vdi.volume.ident for vdi in self.vdis.values()} | hidden == set(self.store.volumes), "VDIs and volumes differ"
-        assert {base for vdi in self.vdis.values() for base in boot.bases(vdi)} == hidden, "a hidden volume is nobody's"
+        self.catalogue._check()
         for uuid, vdi in self.vdis.items():
-            assert vdi.uuid == uuid and self.store.volumes[vdi.volume.ident] is vdi.volume
             writers = {key for key, a in vdi.attachments.items() if a.kind == "attach" and a.writable}
             assert len(writers) <= 1 or vdi.volume.meta["sharable"], f"{uuid} has {len(writers)} writers"

@@ -2,6 +2,9 @@
 
 What has to survive is in ``volume.meta``, so it is in the log and ordered against writes. Who is attached is not: it ends
 with the daemon.
+
+Kinds: a disk can be written to; a snapshot cannot, and has a name that somebody gave it; a tip (`Tip`) is what a disk held that
+nobody had named when it went somewhere else (`simsr.sr.history`). Snapshots and tips are nodes of the tree that a disk's history is.
 """
 
 from __future__ import annotations
@@ -11,12 +14,15 @@ from dataclasses import dataclass
 
 from simsr.store.volume import Volume
 
-__all__ = ["Vdi", "Attachment", "VDI_TYPES"]
+__all__ = ["Vdi", "Tip", "Attachment", "VDI_TYPES", "CLEAN", "CRASH"]
 
 VDI_TYPES = frozenset(
     "user system suspend crashdump ha_statefile metadata redo_log rrd pvs_cache cbt_metadata ephemeral".split()
 )
 """XenAPI's vdi_type."""
+
+CLEAN, CRASH = "clean", "crash"
+"""What a tip holds: a disk that everybody had let go of in order, or one that was left as a crash leaves it."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +45,16 @@ class Vdi:
 
     @property
     def uuid(self) -> str:
-        return self.volume.meta["uuid"]
+        return self.meta["uuid"]
 
     @property
     def name(self) -> str:
-        return self.volume.meta["name"]
+        return self.meta["name"]
+
+    @property
+    def meta(self) -> dict:
+        """What is kept of it beside its content."""
+        return self.volume.meta
 
     @property
     def size_bytes(self) -> int:
@@ -51,22 +62,41 @@ class Vdi:
 
     @property
     def is_a_snapshot(self) -> bool:
-        return self.volume.meta["snapshot_of"] is not None
+        return self.meta["snapshot_of"] is not None
 
     @property
     def snapshot_of(self) -> str | None:
         """The uuid of the disk it was taken of; that disk may be gone."""
-        return self.volume.meta["snapshot_of"]
+        return self.meta["snapshot_of"]
 
     @property
     def family(self) -> str:
         """The uuid of the VDI that it descends from by snapshots and clones."""
-        return self.volume.meta["family"]
+        return self.meta["family"]
 
     @property
     def read_only(self) -> bool:
         """Whether its content cannot change: snapshots, and disks marked so."""
-        return self.is_a_snapshot or self.volume.meta["read_only"]
+        return self.is_a_snapshot or self.meta["read_only"]
+
+    @property
+    def is_a_tip(self) -> bool:
+        return False
+
+    @property
+    def parent(self) -> int | None:
+        """The volume of the node that the content descends from; None: it descends from none."""
+        return self.volume.meta.get("parent")
+
+    @property
+    def history(self) -> dict:
+        """Of a disk, what `simsr.sr.history` keeps about it. Not to be changed in place."""
+        return self.volume.meta.get("history", {})
+
+    @property
+    def gen(self) -> int:
+        """How often the disk, or the node that it descends from, was changed by anything but writes."""
+        return self.history.get("gen", 0)
 
     @property
     def on_boot(self) -> str:
@@ -94,7 +124,7 @@ class Vdi:
 
     def describe(self) -> dict:
         """Everything there is to tell, as JSON has it."""
-        meta = self.volume.meta
+        meta = self.meta
         return {
             "uuid": meta["uuid"],
             "location": meta["uuid"],
@@ -105,6 +135,7 @@ class Vdi:
             "size_bytes": self.size_bytes,
             "physical_utilisation_bytes": self.volume.mapped_bytes,
             "is_a_snapshot": self.is_a_snapshot,
+            "is_a_tip": self.is_a_tip,
             "snapshot_of": meta["snapshot_of"],
             "family": meta["family"],
             "snapshot_time": meta["snapshot_time"],
@@ -119,3 +150,23 @@ class Vdi:
                 {"client": a.client, "writable": a.writable, "kind": a.kind} for a in self.attachments.values()
             ],
         } | self._shown(self)
+
+
+class Tip(Vdi):
+    """A tip looks like a snapshot of its disk. Its metadata are few, so that the record of a revert stays small."""
+
+    _FIXED = {"description": "", "type": "user", "sharable": False, "managed": False, "read_only": True, "sm_config": {}}
+
+    @property
+    def meta(self) -> dict:
+        meta = self.volume.meta
+        return {**self._FIXED, "created_time": meta["snapshot_time"], **meta}
+
+    @property
+    def is_a_tip(self) -> bool:
+        return True
+
+    @property
+    def consistency(self) -> str:
+        """`CLEAN` or `CRASH`."""
+        return self.volume.meta["tip"]

@@ -346,8 +346,9 @@ class Store:
         self._next_ident += 1
         return self._next_ident - 1
 
-    def commit(self, ops: Iterable[Op]) -> None:
-        """Do all of ``ops``, in order, as one record. Durable after the next flush.
+    def commit(self, ops: Iterable[Op], urgent: bool = False) -> None:
+        """Do all of ``ops``, in order, as one record. Durable after the next flush. With ``urgent`` it may use up the reserve,
+        as deleting and reverting always may.
 
         Raises `BadRequest`, `NoSpace` or `StoreStopped` with nothing changed. Cost: O(ops), whatever the size of the volumes.
         """
@@ -358,7 +359,7 @@ class Store:
             layout.MAX_RECORD_BYTES, self.geometry.record_area_bytes - layout.HEADER_BYTES
         ):
             raise NoSpace(name=self.directory.path, reason=f"{len(payload)} bytes of metadata do not fit into one record")
-        freeing = all(isinstance(op, Delete | Reset) for op in ops)
+        freeing = urgent or all(isinstance(op, Delete | Reset) for op in ops)
         if self.log.room(freeing)[1] < layout.RECORD_BYTES + len(payload) + layout.RECORD_UNIT:
             self.log.roll(keep=0 if freeing else KEEP_FOR_WRITES)
         self.log.append(layout.COMMIT, 0, payload)

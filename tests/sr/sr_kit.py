@@ -105,18 +105,25 @@ Photo = dict[str, tuple[dict, bytes]]
 
 
 def photo(repository: Repository) -> Photo:
-    """Everything there is to see, the SR under the key ''."""
+    """Everything there is to see, tips too, the SR under the key ''."""
     own = repository.describe()
     for key in ("statistics", "space", "physical_size_bytes", "physical_utilisation_bytes"):
         del own[key]
-    return {"": (own, b"")} | {uuid: (vdi.describe(), content(vdi)) for uuid, vdi in repository.vdis.items()}
+    return {"": (own, b"")} | {
+        uuid: (vdi.describe(), content(vdi)) for uuid, vdi in (*repository.vdis.items(), *repository.tips.items())
+    }
+
+
+def tree(repository: Repository) -> dict[int, dict]:
+    """What is kept of each volume beside its content: the tree, what can be undone, hidden nodes."""
+    return {ident: volume.meta for ident, volume in repository.store.volumes.items()}
 
 
 @contextmanager
 def unchanged(repository: Repository) -> Iterator[None]:
     """What happens inside changes nothing and logs nothing."""
-    before, seq = photo(repository), repository.store.log.seq
+    before, seq = (photo(repository), tree(repository)), repository.store.log.seq
     yield
-    assert photo(repository) == before
+    assert (photo(repository), tree(repository)) == before
     assert repository.store.log.seq == seq, f"{repository.store.log.seq - seq} records were appended"
     check(repository)

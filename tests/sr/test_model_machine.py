@@ -104,7 +104,7 @@ class ModelMachine(RuleBasedStateMachine):
     def added(self, vdi, held_content, family, **meta):
         described = vdi.describe()
         fixed = {key: described[key] for key in ("uuid", "location", "sr", "created_time", "snapshot_time")}
-        defaults = {"managed": True, "sharable": False, "read_only": False, "is_a_snapshot": False, "snapshot_of": None,
+        defaults = {"managed": True, "sharable": False, "read_only": False, "is_a_snapshot": False, "is_a_tip": False, "snapshot_of": None,
                     "on_boot": "persist", "cbt_enabled": False}  # fmt: skip
         assert fixed["uuid"] == fixed["location"] == vdi.uuid not in self.state
         self.state[vdi.uuid] = Held(held_content, freeze({**defaults, **fixed, **meta}), family or vdi.uuid)

@@ -26,7 +26,7 @@ def test_create_gives_an_empty_disk_with_all_its_fields(sr):
     vdi = sr.create(1 << 30, name="n", description="d", type="system", sm_config={"k": "v"})
     assert vdi.describe() == {
         "uuid": vdi.uuid, "location": vdi.uuid, "sr": SR_UUID, "name": "n", "description": "d", "type": "system",
-        "size_bytes": 1 << 30, "physical_utilisation_bytes": 0, "is_a_snapshot": False, "snapshot_of": None,
+        "size_bytes": 1 << 30, "physical_utilisation_bytes": 0, "is_a_snapshot": False, "is_a_tip": False, "snapshot_of": None,
         "snapshot_time": None, "created_time": "2026-11-21T00:00:01Z", "read_only": False, "sharable": False, "managed": True,
         "family": vdi.uuid, "on_boot": "persist", "cbt_enabled": False, "sm_config": {"k": "v"}, "attached": [],
     }  # fmt: skip

@@ -6,7 +6,7 @@ The invariants of revert by number are in test_invariants.py.
 import random
 
 import pytest
-from sr_kit import BLOCK, STYLES, Kill, World, check, content, fill, photo, put, unchanged, zero
+from sr_kit import BLOCK, STYLES, Kill, World, check, content, fill, photo, put, tree, unchanged, zero
 
 from simsr.errors import NotASnapshot, NotFound, SnapshotOfOther, VdiInUse
 
@@ -184,6 +184,14 @@ def test_an_attached_snapshot_does_not_matter(sr, disk):
 # All or nothing.
 
 
+def seen(sr):
+    """All there is to see; what a disk takes is left out, because a checkpoint may count it anew."""
+    shown = photo(sr)
+    for described, _ in shown.values():
+        described.pop("physical_utilisation_bytes", None)
+    return shown, tree(sr)
+
+
 def one_revert(kill_after: int | None, filler: int):
     """Make a history that ends in a revert of which ``kill_after`` steps are done (None: all of them)."""
     world = World()
@@ -196,7 +204,7 @@ def one_revert(kill_after: int | None, filler: int):
     for number in range(filler):  # so that the record of the revert comes to lie anywhere in its segment
         sr.update(disk, description=f"{number:03}" * 30)
     sr.store.flush()
-    old = photo(sr)
+    old = seen(sr)
     steps = []
 
     def on_step(what):
@@ -212,30 +220,27 @@ def one_revert(kill_after: int | None, filler: int):
     except Kill:
         pass
     world.directory.on_step = None
-    new = {**old, disk.uuid: ({**old[disk.uuid][0], "size_bytes": 6 * BLOCK}, old[snapshot.uuid][1])}
-    new[""] = ({**old[""][0], "virtual_allocation_bytes": 12 * BLOCK}, b"")
-    return world, old, new, steps
+    return world, old, seen(sr), steps
 
 
-@pytest.mark.parametrize("filler", [0, 7, 30, 31, 32, 33])
+@pytest.mark.parametrize("filler", [0, 7, 10, 11, 12, 13])
 def test_killed_at_every_step(seeds, filler):
     """Wholly old or wholly new after the death of the process and of the machine, and new once the flush has returned."""
-    _, _, _, every_step = one_revert(None, filler)
+    _, _, new, every_step = one_revert(None, filler)
     syncs = [index for index, what in enumerate(every_step) if what.startswith("sync seg")]
     flushed = syncs[-1] + 1
     appended = max(index for index, what in enumerate(every_step[: syncs[0]]) if what.startswith("write seg")) + 1
+    contents = {described.get("name", ""): bytes_ for described, bytes_ in new[0].values() if not described.get("is_a_snapshot")}
+    assert contents["disk"] in [bytes_ for described, bytes_ in new[0].values() if described.get("snapshot_of") and not described["is_a_tip"]]
     outcomes = set()
     for kill_after in range(len(every_step) + 1):
-        world, old, new, _ = one_revert(kill_after, filler)
+        world, old, _, _ = one_revert(kill_after, filler)
         survivors = [("kill", world.directory.after_kill())]
         for seed in seeds(len(STYLES)):
             style = STYLES[seed % len(STYLES)]
             survivors.append((style, world.directory.after_cut(random.Random(seed), style)))
         for style, survivor in survivors:
-            found = photo(world.open(survivor))
-            for state in (found, old, new):
-                for described, _ in state.values():
-                    described.pop("physical_utilisation_bytes", None)
+            found = seen(world.open(survivor))
             which = "old" if found == old else "new" if found == new else "neither"
             where = f"{style} after {kill_after} of {every_step}"
             assert which != "neither", where
@@ -246,7 +251,7 @@ def test_killed_at_every_step(seeds, filler):
 
 
 def test_the_fillers_reach_a_revert_that_starts_a_segment():
-    assert any(sum(step.startswith("write seg") for step in one_revert(None, filler)[3]) > 2 for filler in (30, 31, 32, 33))
+    assert any(sum(step.startswith("write seg") for step in one_revert(None, filler)[3]) > 2 for filler in (10, 11, 12, 13))
 
 
 def test_a_revert_that_was_cut_off_is_repeated(world, sr, disk):
