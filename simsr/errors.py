@@ -215,14 +215,14 @@ class ShrinkRefused(BadSize):
 class AmbiguousTip(Ambiguous):
     """{name} has more than one tip: {candidates}"""
 
-    exit_code = 80
+    exit_code = 60
     hint = "Name the tip to follow; 'simsr tree' shows what each hangs from."
 
 
 class TipExpired(SimsrError):
     """what {operation} of VDI {uuid} would go back to is not kept any more"""
 
-    exit_code = 81
+    exit_code = 61
     nbd_errno = errno.ENOENT
     sm_fault = 1
     xenapi_code = "SR_BACKEND_FAILURE_1"
@@ -233,7 +233,7 @@ class TipExpired(SimsrError):
 class NothingToUndo(SimsrError):
     """there is nothing to {operation} for VDI {uuid}"""
 
-    exit_code = 82
+    exit_code = 62
     nbd_errno = errno.ENOENT
     sm_fault = 1
     xenapi_code = "SR_BACKEND_FAILURE_1"
@@ -244,7 +244,7 @@ class NothingToUndo(SimsrError):
 class GroupChanged(SimsrError):
     """the group cannot be changed as one: {reason}"""
 
-    exit_code = 83
+    exit_code = 63
     nbd_errno = errno.EBUSY
     sm_fault = 1
     xenapi_code = "SR_BACKEND_FAILURE_1"
