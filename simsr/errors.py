@@ -52,6 +52,8 @@ __all__ = [
     "UnknownPersonality",
     "SnapshotChainTooLong",
     "InstallRefused",
+    "MountFailed",
+    "MountBusy",
 ]
 
 
@@ -437,3 +439,24 @@ class InstallRefused(SimsrError):
     def __init__(self, hint: str = "", **details: object) -> None:
         super().__init__(**details)
         self.hint = hint or self.hint
+
+
+class MountFailed(SimsrError):
+    """cannot mount at {path}: {reason}"""
+
+    exit_code = 60
+    sm_fault = 1
+    xenapi_code = "SR_BACKEND_FAILURE_1"
+    http_status = 409
+    hint = "Give an empty directory that exists, on a host where FUSE works (/dev/fuse, fusermount3)."
+
+
+class MountBusy(SimsrError):
+    """cannot unmount {path}: it is in use"""
+
+    exit_code = 61
+    nbd_errno = errno.EBUSY
+    sm_fault = 24
+    xenapi_code = "VDI_IN_USE"
+    http_status = 409
+    hint = "Close the files and leave the directories below it, or unmount it with --lazy: open files fail then."

@@ -12,6 +12,7 @@ from simsr.cli.client import DEFAULT_SOCKET, Client, Session, checked_text
 from simsr.cli.disks import Name, Sr, Vdi, clone, revert, snapshot, vdi_commands
 from simsr.cli.https_setup import https_setup
 from simsr.cli.integrity import check, salvage
+from simsr.cli.mounts import mount, mounts, umount
 from simsr.cli.personality import personality_commands
 from simsr.cli.repositories import sr_commands
 from simsr.cli.smapi import smapi_commands
@@ -51,6 +52,9 @@ app.command("snapshot")(snapshot)
 app.command("clone")(clone)
 app.command("revert")(revert)
 app.command("diff")(diff)
+app.command("mount")(mount)
+app.command("umount")(umount)
+app.command("mounts")(mounts)
 app.command("check")(check)
 app.command("salvage")(salvage)
 app.command("https-setup")(https_setup)

@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from simsr import __version__
 from simsr.daemon.answers import error_answer
+from simsr.daemon.api_mounts import mounts_router
 from simsr.daemon.api_nbd import nbd_router
 from simsr.daemon.api_personality import personality_router
 from simsr.daemon.api_scrub import scrub_router
@@ -229,6 +230,7 @@ def make_app(host: Host, control_socket: str | None, nbd_tcp: str | None, https:
     app.include_router(space_router(host, walks))
     app.include_router(xapi_router(host, walks, VdiOut, _describe_vdi))
     app.include_router(personality_router())
+    app.include_router(mounts_router(host))
     app.openapi()  # built here, not by the first request, which would stall everything else
     return app
 

@@ -17,6 +17,7 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
+from time import time_ns
 from typing import TypeVar
 
 import trio
@@ -44,10 +45,15 @@ Changed = Callable[[str, int, int, int], Awaitable[list[tuple[int, bool]]]]
 
 
 class Engine:
-    """Runs a store under trio. `run` must be started in a nursery before anything else is awaited."""
+    """Runs a store under trio. `run` must be started in a nursery before anything else is awaited.
 
-    def __init__(self, store: Store) -> None:
+    ``replaced`` is told of volumes whose content or size a commit changed at a stroke, and waited for by the flush after it: so every
+    operation that does such a thing ends when nobody has the old content any more.
+    """
+
+    def __init__(self, store: Store, replaced: Callable[[list[Volume]], Awaitable[None]] | None = None) -> None:
         self.store = store
+        self._replaced, self._telling = replaced, trio.Lock()
         self._flush_job: FlushJob | None = None
         self._flush_waiters: list[tuple[int, Callable[[Exception | None], None]]] = []
         self.room_changed = trio.Condition()
@@ -79,6 +85,15 @@ class Engine:
         await ended.wait()
         if errors[0] is not None:
             raise errors[0]
+        if self.store.replaced or self._telling.locked():
+            await self._tell_replaced()
+
+    async def _tell_replaced(self) -> None:
+        async with self._telling:
+            idents, self.store.replaced = self.store.replaced, set()
+            volumes = [self.store.volumes[ident] for ident in sorted(idents) if ident in self.store.volumes]
+            if volumes and self._replaced is not None:
+                await self._replaced(volumes)
 
     def flush_soon(self, done: Callable[[Exception | None], None]) -> None:
         """Call ``done`` on trio's thread when everything written before is durable, or with the error.
@@ -255,11 +270,13 @@ class Disk:
         # Rolling to the next segment needs spares to be there: one to use, the others stay in reserve.
         if self._engine.tight and not self._engine.has_room(self._volume.blocks_needed(batch)):
             return 0
+        self._volume.modified_ns = time_ns()
         return self._volume.write(batch)
 
     async def write_rest(self, batch: Sequence[Write], start: int) -> None:
         fetched: Fetched = {}
         engine = self._engine
+        self._volume.modified_ns = time_ns()
         while start < len(batch):
             offset, length, view = batch[start]
             await engine.make_room(self._volume.blocks_needed(batch[start : start + 1]))

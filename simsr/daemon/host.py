@@ -1,4 +1,4 @@
-"""The host: all SRs of one root directory, and the NBD server in front of their VDIs.
+"""The host: all SRs of one root directory, and the NBD server and the FUSE mount in front of their VDIs.
 
     ROOT/lock              one simsrd for a root
     ROOT/control.sock      HTTP API (simsr.daemon.api)
@@ -32,6 +32,7 @@ import trio
 
 from nbd_export.server import NbdServer, listen_unix
 from simsr.daemon.engine import Engine
+from simsr.daemon.mounts import Mounts
 from simsr.daemon.nbd_offer import NbdExports
 from simsr.errors import Ambiguous, BadRequest, NotFound, SimsrError, SrExists, StoreLocked, UnknownPersonality, VdiExists, VdiInUse
 from simsr.personalities import find_personality
@@ -85,6 +86,7 @@ class Host:
         self.failed: dict[str, str] = {}  # path of an SR that cannot be opened -> why
         self.nbd_exports = NbdExports(self)
         self.nbd = NbdServer(self.nbd_exports, **nbd_options)
+        self.mounts = Mounts(self)
         self.started = time.monotonic()
         self._listeners: dict[str, trio.CancelScope] = {}
         self._srs_lock = trio.Lock()
@@ -153,7 +155,7 @@ class Host:
 
     async def _mount(self, store: Store) -> Mounted:
         repository = Repository(store, _now, _new_uuid)
-        mounted = Mounted(repository, Engine(store), trio.CancelScope(), trio.Event())
+        mounted = Mounted(repository, Engine(store, self.mounts.replaced), trio.CancelScope(), trio.Event())
         await self._nursery.start(self._serve_engine, mounted)
         self.mounted[repository.uuid] = mounted
         for vdi in repository.vdis.values():
@@ -277,7 +279,7 @@ class Host:
             try:
                 return operation()
             except VdiInUse:
-                leaving = all(attachment.kind == "nbd" for attachment in vdi.attachments.values())
+                leaving = all(attachment.kind != "attach" for attachment in vdi.attachments.values())
                 if not leaving or trio.current_time() > deadline:
                     raise
             await trio.sleep(0.005)

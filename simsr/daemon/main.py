@@ -22,6 +22,7 @@ from simsr import __version__
 from simsr.daemon.api import make_app
 from simsr.daemon.host import Host
 from simsr.daemon.listeners import https_from, serve_https, serve_unix, split_address
+from simsr.daemon.mounts import CACHES
 from simsr.daemon.systemd import listen_fds, notify
 from simsr.errors import BadRequest, SimsrError
 from simsr.units import format_size, parse_size
@@ -62,6 +63,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--map-memory", default="256MiB", metavar="SIZE", help="memory for extent maps, all SRs together (default: 256MiB)"
     )
+    parser.add_argument("--mount", metavar="DIR", help="show all VDIs as files below DIR (FUSE)")
+    parser.add_argument(
+        "--mount-cache", default="direct", choices=CACHES, help="who caches what is below DIR: nobody, or the kernel (default: direct)"
+    )
+    parser.add_argument("--mount-shared", action="store_true", help="let other users look below DIR, and the group read and write")
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     parser.add_argument("--version", action="version", version=f"simsrd {__version__}")
     return parser
@@ -191,11 +197,14 @@ async def _serve(arguments: argparse.Namespace) -> None:
                 if https is not None:
                     await nursery.start(serve_https, app, https, stop)
                     log.info("control API on %s", address)
+                if arguments.mount:
+                    await host.mounts.mount(os.path.abspath(arguments.mount), arguments.mount_cache, arguments.mount_shared)
                 print(f"simsrd: ready, control socket {control or 'from systemd'}", flush=True)
                 notify("READY=1")
                 async for _ in signals:
                     break
             notify("STOPPING=1")
+            await host.mounts.stop()
             stop.set()
             nursery.cancel_scope.cancel()
     finally:

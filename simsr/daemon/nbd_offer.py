@@ -25,7 +25,7 @@ from simsr.daemon.engine import Disk
 from simsr.daemon.walks import Walks
 from simsr.errors import Ambiguous, NotFound, SimsrError
 from simsr.sr.nbd_terms import NbdTerms
-from simsr.sr.vdi import Vdi
+from simsr.sr.vdi import FUSE_CACHED, Vdi
 
 if TYPE_CHECKING:
     from simsr.daemon.host import Host, Mounted
@@ -86,6 +86,9 @@ class NbdExports:
         most = NbdTerms.of(vdi.volume.meta).connections_max
         if most and len(self.door_of(vdi).open) >= most:
             return f"VDI {vdi.uuid} has {most} connections, and no more are allowed"
+        cached = next((one for one in vdi.attachments.values() if one.kind == FUSE_CACHED), None)
+        if cached and not vdi.is_a_snapshot:
+            return f"VDI {vdi.uuid} is open as a file that the kernel caches ({cached.client}); close it, or mount without a cache"
         return ""
 
 

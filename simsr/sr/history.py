@@ -117,7 +117,7 @@ class History:
 
     @staticmethod
     def _refuse_if_used(disk: Vdi, live: bool) -> None:
-        if disk.attachments and not live:
+        if not live and not all(attachment.sees_changes for attachment in disk.attachments.values()):
             raise VdiInUse(operation="revert", uuid=disk.uuid, by=disk.used_by)
 
     def _answers(self, wishes: Iterable[Wish], op_id: str | None) -> list[Reverted]:

@@ -29,7 +29,7 @@ from simsr.sr.imitation import Imitation
 from simsr.sr.nbd_terms import NbdTerms
 from simsr.sr.space import cap_for, check_limit, describe_space
 from simsr.sr.tips import Keeper, check_tip_settings
-from simsr.sr.vdi import VDI_TYPES, Attachment, Vdi
+from simsr.sr.vdi import FUSE, FUSE_CACHED, VDI_TYPES, Attachment, Vdi
 from simsr.sr.wishes import Wishes
 from simsr.store.layout import BLOCK
 from simsr.store.store import SPARES_MIN, Resize, SetMeta, Store
@@ -46,6 +46,8 @@ _SR_FIELDS = frozenset({"name", "description", "sm_config"})
 _VDI_FIELDS = _SR_FIELDS | {"managed", "read_only", "sharable", "on_boot"}
 _OWN_FIELDS = _SR_FIELDS | {"verify_reads", "tips_max", "tips_hours", "expose_tips"}
 GROUP_MAX = 256
+
+_RIVALS = {FUSE_CACHED: ("nbd", FUSE), "nbd": (FUSE_CACHED,), FUSE: (FUSE_CACHED,)}
 
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 
@@ -357,7 +359,8 @@ class Repository:
         """Note that ``client`` uses ``vdi``; ``key`` identifies this use. The same key again replaces it.
 
         Raises `VdiReadOnly`, or `VdiInUse` when another host has it and one of the two writes (unless it is sharable).
-        Connections are not told apart by host, so they do not exclude each other.
+        Connections are not told apart by host, so they do not exclude each other. What is read and written past the pages that a
+        kernel keeps (`FUSE_CACHED`) and those who keep them exclude each other, unless it is a snapshot.
         """
         cbt.refuse_without_data(vdi, "attach")
         if writable and vdi.read_only:
@@ -367,6 +370,10 @@ class Repository:
             for other_key, other in vdi.attachments.items():
                 if other.kind == "attach" and other_key != key and (other.writable or writable):
                     raise VdiInUse(operation="attach", uuid=vdi.uuid, by=other.client)
+        rivals = _RIVALS.get(kind, ()) if not vdi.is_a_snapshot else ()
+        for other in vdi.attachments.values():
+            if other.kind in rivals:
+                raise VdiInUse(operation="attach", uuid=vdi.uuid, by=other.client)
         vdi.attachments[key] = Attachment(client, writable, kind)
 
     def detach(self, vdi: Vdi, key: object, in_order: bool = True) -> None:

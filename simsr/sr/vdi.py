@@ -14,7 +14,9 @@ from dataclasses import dataclass
 
 from simsr.store.volume import Volume
 
-__all__ = ["Vdi", "Tip", "Attachment", "VDI_TYPES", "CLEAN", "CRASH"]
+__all__ = ["Vdi", "Tip", "Attachment", "VDI_TYPES", "CLEAN", "CRASH", "FUSE", "FUSE_CACHED"]
+
+FUSE, FUSE_CACHED = "fuse", "fuse-cached"
 
 VDI_TYPES = frozenset(
     "user system suspend crashdump ha_statefile metadata redo_log rrd pvs_cache cbt_metadata ephemeral".split()
@@ -27,11 +29,20 @@ CLEAN, CRASH = "clean", "crash"
 
 @dataclass(frozen=True)
 class Attachment:
-    """Somebody who uses a VDI. ``kind`` is "nbd" for a connection, "attach" for a host that asked for it."""
+    """Somebody who uses a VDI.
+
+    ``kind`` is "nbd" for a connection, `FUSE` for an open file, `FUSE_CACHED` for one whose pages the kernel keeps, "attach" for a
+    host that asked for it.
+    """
 
     client: str
     writable: bool
     kind: str
+
+    @property
+    def sees_changes(self) -> bool:
+        """Whether content that changes at a stroke, as in a revert, does no harm: what reads through FUSE finds the new one."""
+        return not self.writable and self.kind in (FUSE, FUSE_CACHED)
 
 
 class Vdi:
@@ -97,6 +108,15 @@ class Vdi:
     def gen(self) -> int:
         """How often the disk, or the node that it descends from, was changed by anything but writes."""
         return self.history.get("gen", 0)
+
+    @property
+    def modified_ns(self) -> int:
+        """When the content was changed last, in nanoseconds since the epoch; 0: not since the daemon was started."""
+        return self.volume.modified_ns
+
+    @modified_ns.setter
+    def modified_ns(self, time_ns: int) -> None:
+        self.volume.modified_ns = time_ns
 
     @property
     def on_boot(self) -> str:

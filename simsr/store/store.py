@@ -116,6 +116,7 @@ class Store:
         self._next_ident = 1
         self._generation = 0
         self._changed: set[int] = set()  # volumes that differ from the last checkpoint
+        self.replaced: set[int] = set()  # volumes with other content, or size, than before; who keeps copies takes them from here
         self._deleted: list[int] = []
         self._table_file = self._table_bytes = self._table_crc = 0
         self._table_bytes_first = 0  # what the first checkpoint of the table file wrote
@@ -364,6 +365,7 @@ class Store:
             self.log.roll(keep=0 if freeing else KEEP_FOR_WRITES)
         self.log.append(layout.COMMIT, 0, payload)
         self._apply(ops)
+        self.replaced.update(op.ident for op in ops if isinstance(op, Reset | Resize))
 
     def _check_ops(self, ops: list[Op]) -> None:
         """Refuse what does not make sense: once it was in the log, replay would fail, and the store never open again."""

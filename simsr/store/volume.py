@@ -119,6 +119,7 @@ class Volume:
         self._cut_view: memoryview | None = None
         self._cut: list[memoryview] = []
         self.size_bytes = 0
+        self.modified_ns = 0  # when it was written last, as those who write tell; not kept on disk
         self.resize(size_bytes)
 
     def resize(self, size_bytes: int) -> None:

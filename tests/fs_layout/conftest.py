@@ -1,0 +1,27 @@
+"""Daemons with a mount, shared by the tests of a module."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "daemon"))  # for daemon_tools
+
+from fuse_kit import Mounted, mounted_daemon  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def direct() -> Iterator[Mounted]:
+    """Nothing is cached by the kernel."""
+    with mounted_daemon() as daemon:
+        yield daemon
+
+
+@pytest.fixture(scope="module")
+def writeback() -> Iterator[Mounted]:
+    """The kernel caches."""
+    with mounted_daemon("--mount-cache", "writeback") as daemon:
+        yield daemon
