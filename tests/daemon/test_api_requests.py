@@ -127,7 +127,7 @@ def test_every_field_of_every_body_is_checked(api):
     document = api.ok("GET", "/openapi.json")
     disk = api.vdi(name="fields")
     snapshot = api.snapshot(disk)
-    good = {"name": "x", "size_bytes": 4 * MIB, "client": "c", "writable": False, "limit_bytes": 64 * MIB, "phase": "end", "enabled": True}
+    good = {"name": "x", "size_bytes": 4 * MIB, "client": "c", "writable": False, "limit_bytes": 64 * MIB, "phase": "end", "enabled": True, "path": "/x"}
     tried = 0
     with Unchanged(api):
         for path, item in document["paths"].items():
