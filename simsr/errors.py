@@ -444,7 +444,7 @@ class InstallRefused(SimsrError):
 class MountFailed(SimsrError):
     """cannot mount at {path}: {reason}"""
 
-    exit_code = 80
+    exit_code = 36
     sm_fault = 1
     xenapi_code = "SR_BACKEND_FAILURE_1"
     http_status = 409
@@ -454,7 +454,7 @@ class MountFailed(SimsrError):
 class MountBusy(SimsrError):
     """cannot unmount {path}: it is in use"""
 
-    exit_code = 81
+    exit_code = 37
     nbd_errno = errno.EBUSY
     sm_fault = 24
     xenapi_code = "VDI_IN_USE"
