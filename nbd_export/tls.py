@@ -24,6 +24,8 @@ def server_context(directory: str, verify_peer: bool) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
     context.num_tickets = 0  # nobody resumes; a ticket would be the first thing we say, before anything was asked
+    authority = os.path.join(directory, "ca-cert.pem")
+    wanted = [key, certificate, *([authority] if verify_peer else [])]
     problem = f"TLS certificates in {directory}"
     try:
         if stat.S_IMODE(os.stat(key).st_mode) & 0o007:
@@ -31,18 +33,19 @@ def server_context(directory: str, verify_peer: bool) -> ssl.SSLContext:
         context.load_cert_chain(certificate, key, password=_no_password)
         if verify_peer:
             context.verify_mode = ssl.CERT_REQUIRED
-            context.load_verify_locations(os.path.join(directory, "ca-cert.pem"))
+            context.load_verify_locations(authority)
             revoked = os.path.join(directory, "ca-crl.pem")
             if os.path.exists(revoked):
                 context.load_verify_locations(revoked)
                 context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
-    except ssl.SSLError as error:
-        raise BadRequest(what=problem, reason=f"they cannot be used: {error.reason or error}") from None
+    except (ssl.SSLError, ValueError) as error:
+        raise BadRequest(what=problem, reason=f"they cannot be used: {getattr(error, 'reason', None) or error}") from None
     except OSError as error:
-        where = error.filename or f"{certificate} or {key}" if not verify_peer else error.filename or directory
+        missing = [path for path in wanted if not os.access(path, os.R_OK)]  # ssl does not tell which one
+        where = error.filename or ", ".join(missing) or directory
         raise BadRequest(what=problem, reason=f"{where}: {error.strerror}; 'simsr tls-setup DIR' makes them") from None
     return context
 
 
 def _no_password() -> str:
-    raise ssl.SSLError("the key has a password, and there is nobody to ask")
+    raise ValueError("the key has a password, and there is nobody to ask for it")

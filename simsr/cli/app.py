@@ -17,6 +17,7 @@ from simsr.cli.personality import personality_commands
 from simsr.cli.repositories import sr_commands
 from simsr.cli.smapi import smapi_commands
 from simsr.cli.space import diff
+from simsr.cli.tls_setup import tls_setup
 from simsr.cli.xapi import xapi_commands
 from simsr.cli.xe import XE_CONTEXT, xe
 from simsr.units import parse_size
@@ -58,6 +59,7 @@ app.command("mounts")(mounts)
 app.command("check")(check)
 app.command("salvage")(salvage)
 app.command("https-setup")(https_setup)
+app.command("tls-setup")(tls_setup)
 app.command("xe", options_metavar="[--xapi PATH] COMMAND [KEY=VALUE]...", context_settings=XE_CONTEXT)(xe)
 
 Format = Annotated[Optional[str], typer.Option("--format", metavar="FORMAT", help="As qemu-img names it: raw, qcow2, vpc, ...")]

@@ -9,6 +9,7 @@ import typer
 from simsr.cli.client import Client, checked_text
 from simsr.cli.output import print_fields, print_json, print_table, say, size_and_bytes
 from simsr.cli.space import space_of
+from simsr.cli.terms import set_terms
 from simsr.units import format_size, parse_size
 
 __all__ = ["vdi_commands", "snapshot", "clone", "revert"]
@@ -107,6 +108,9 @@ def resize(
     if as_json:
         return print_json(changed)
     say(f"VDI {_called(changed)} has {size_and_bytes(changed['size_bytes'])} now.")
+
+
+vdi_commands.command("set")(set_terms)
 
 
 @vdi_commands.command("delete")

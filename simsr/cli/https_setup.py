@@ -22,13 +22,14 @@ from simsr.cli.output import print_json, say
 from simsr.cli.remote import FINGERPRINT_VARIABLE, TOKEN_VARIABLE, fingerprint_of
 from simsr.errors import BadRequest
 
-__all__ = ["https_setup", "make_certificate"]
+__all__ = ["https_setup", "alternative_name", "make_certificate"]
 
 VALID_DAYS = 3650
 _NAME = re.compile(r"(?=.{1,253}\Z)[A-Za-z0-9]([A-Za-z0-9-]{0,62})(\.[A-Za-z0-9-]{1,63})*")
 
 
-def _alternative(name: str) -> str:
+def alternative_name(name: str) -> str:
+    """``name`` as a certificate's subjectAltName has it. Raises `BadRequest`."""
     try:
         return f"IP:{ipaddress.ip_address(name)}"
     except ValueError:
@@ -47,7 +48,7 @@ def make_certificate(certificate: str, key: str, names: list[str]) -> str:
         raise ToolMissing(tool="openssl", action="making a certificate", hint="On Debian and Ubuntu: apt-get install openssl")
     command = [
         openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-sha256", "-days", str(VALID_DAYS),
-        "-subj", "/CN=simsrd", "-addext", f"subjectAltName={','.join(map(_alternative, names))}", "-addext", "basicConstraints=critical,CA:FALSE",
+        "-subj", "/CN=simsrd", "-addext", f"subjectAltName={','.join(map(alternative_name, names))}", "-addext", "basicConstraints=critical,CA:FALSE",
         "-keyout", key, "-out", certificate,
     ]  # fmt: skip
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, umask=0o077)
@@ -69,7 +70,7 @@ def https_setup(
     paths = {kind: os.path.join(os.path.abspath(directory), kind) for kind in ("cert.pem", "key.pem", "token")}
     names = list(dict.fromkeys(name or [socket.gethostname(), "localhost", "127.0.0.1"]))
     for one in names:
-        _alternative(one)
+        alternative_name(one)
     try:
         os.makedirs(directory, mode=0o700, exist_ok=True)
         for path in paths.values():
