@@ -9,19 +9,21 @@ import ssl
 import stat
 import struct
 import subprocess
+from pathlib import Path
 
 import pytest
 import trio
 from daemon_tools import short_directory
 from fake_disks import LARGE_BYTES, SIZE_BYTES, TIMEOUT_S, Client, FakeDisk, FakeDisks, pattern, until
 from nbd_wire import FLUSH, FUA, KIB, MIB, MODERN, READ, WRITE, export_name, go, option, set_meta_context
-from tls_kit import certificates, client_context, connect_tls, dial, hang_up_all, starttls, tls_setup
+from tls_kit import certificates, client_context, connect_tls, dial, hang_up_all, starttls
 
 from nbd_export import connection as connection_module
 from nbd_export import constants as c
 from nbd_export.server import NbdServer, listen_tcp, listen_unix
 from nbd_export.tls import server_context
-from simsr.errors import BadRequest
+from simsr.cli.tls_setup import tls_setup
+from simsr.errors import BadRequest, SimsrError
 
 STYLES = pytest.mark.parametrize(
     "style", [{}, {"structured": True}, {"extended": True}], ids=["simple", "structured", "extended"]
@@ -182,10 +184,8 @@ async def test_the_client_is_known_by_its_certificate(tls, pki):
 # --- No way around -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [2, 3, 4, 6, 7, 8, 9, 10, 11, 99])
+@pytest.mark.parametrize("number", [3, 4, 6, 7, 8, 9, 10, 11, 99])
 async def test_without_tls_nothing_is_answered_where_it_is_required(tls, number):
-    if number == c.NBD_OPT_ABORT:
-        pytest.skip("the one option besides STARTTLS that needs no TLS")
     stream = await dial(tls.required)
     client = Client(stream, False)
     await client.exactly(18)
@@ -423,13 +423,14 @@ def test_certificates_that_cannot_be_used(pki, folder, name, said):
 # --- simsr tls-setup ----------------------------------------------------------------------------------------------
 
 
-def test_tls_setup_adds_clients_and_keeps_what_is_there(pki, folder):
+def test_tls_setup_adds_clients_and_keeps_what_is_there(pki, folder, capsys):
     directory = f"{folder}/pki"
     shutil.copytree(pki, directory)
-    before = {path: open(path).read() for path in (f"{directory}/ca-cert.pem", f"{directory}/server-key.pem")}
-    done = tls_setup(directory, "--client", "carol", "--client", "alice")
-    assert not done.returncode and done.stdout.startswith("made clients/carol\n")
-    assert {path: open(path).read() for path in before} == before
+    kept = [Path(directory, name) for name in ("ca-cert.pem", "server-key.pem", "clients/alice/client-cert.pem")]
+    before = [path.read_text() for path in kept]
+    tls_setup(directory, None, ["carol", "alice"])
+    assert capsys.readouterr().out.startswith("made clients/carol\n")
+    assert [path.read_text() for path in kept] == before
     keys = ["ca-key.pem", "server-key.pem", "clients/carol/client-key.pem"]
     assert {stat.S_IMODE(os.stat(f"{directory}/{key}").st_mode) for key in keys} == {0o600}
     said = subprocess.run(
@@ -440,11 +441,21 @@ def test_tls_setup_adds_clients_and_keeps_what_is_there(pki, folder):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
-    [(["--client", "../x"], "client name"), (["--client", ""], "client name"), (["--client", "a/b"], "client name"),
-     (["--name", "two words"], "neither a host name"), (["--name", "localhost"], "exists already")],
+    ("names", "clients", "said"),
+    [(None, ["../x"], "client name"), (None, [""], "client name"), (None, ["a/b"], "client name"), (None, ["carol", "."], "client name"),
+     (["two words"], None, "neither a host name"), (["localhost"], None, "exists already")],
 )  # fmt: skip
-def test_tls_setup_refuses(pki, options, said):
-    done = tls_setup(pki, *options)
-    assert done.returncode and said in done.stderr and "Traceback" not in done.stderr
+def test_tls_setup_refuses(pki, names, clients, said):
+    with pytest.raises(SimsrError, match=said):
+        tls_setup(pki, names, clients)
     assert sorted(os.listdir(f"{pki}/clients")) == ["alice", "bob"]
+    assert sorted(os.listdir(pki)) == ["ca-cert.pem", "ca-key.pem", "clients", "other", "server-cert.pem", "server-key.pem"]
+
+
+def test_tls_setup_without_the_key_of_the_authority(pki, folder):
+    directory = f"{folder}/pki"
+    shutil.copytree(pki, directory)
+    os.unlink(f"{directory}/ca-key.pem")
+    with pytest.raises(SimsrError, match="cannot make the certificate .*ca-key.pem"):
+        tls_setup(directory, None, ["carol"])
+    assert os.listdir(f"{directory}/clients/carol") == []

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import ssl
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,23 +13,17 @@ from fake_disks import Client
 from nbd_wire import MODERN, option
 
 from nbd_export import constants as c
+from simsr.cli.tls_setup import tls_setup
 
-__all__ = ["certificates", "client_context", "starttls", "connect_tls", "dial", "hang_up_all", "tls_setup"]
-
-
-def tls_setup(directory: str, *options: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "simsr.cli.main", "tls-setup", directory, *options]
-    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+__all__ = ["certificates", "client_context", "starttls", "connect_tls", "dial", "hang_up_all"]
 
 
 @contextmanager
 def certificates() -> Iterator[str]:
     """A directory with an authority, a server and the clients alice and bob; beside it, in ``other``, those of somebody else."""
     with tempfile.TemporaryDirectory(prefix="simsr-tls-") as directory:
-        done = tls_setup(directory, "--name", "localhost", "--name", "127.0.0.1", "--client", "alice", "--client", "bob")
-        assert not done.returncode, done.stderr
-        other = tls_setup(os.path.join(directory, "other"), "--client", "alice")
-        assert not other.returncode, other.stderr
+        tls_setup(directory, ["localhost", "127.0.0.1"], ["alice", "bob"])
+        tls_setup(os.path.join(directory, "other"), None, ["alice"])
         yield directory
 
 
