@@ -12,20 +12,16 @@ import stat
 import sys
 
 import trio
-from hypercorn.config import Config
-from hypercorn.trio import serve
 
 from simsr.errors import BadRequest, SimsrError
 from simsr.xapi.model import FIDELITIES, Model, Settings
-from simsr.xapi.server import make_app
+from simsr.xapi.server import serve_http
 from simsr.xapi.storage import driver_directory
 
 __all__ = ["main"]
 
 READY_LINE = "simsr xapi: ready, socket "
 SOCKET_PATH_MAX_BYTES = 107
-KEEP_ALIVE_S = 3600.0
-"""Stock clients keep one connection and are surprised when it is gone."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -125,15 +121,6 @@ def _listen(family: int, address: str | tuple) -> socket.socket:
     return sock
 
 
-def _config(listeners: list[socket.socket]) -> Config:
-    config = Config()
-    config.bind = [f"fd://{sock.fileno()}" for sock in listeners]
-    config.loglevel = "WARNING"
-    config.graceful_timeout = 1.0
-    config.keep_alive_timeout = KEEP_ALIVE_S
-    return config
-
-
 async def _serve(arguments: argparse.Namespace) -> None:
     root = os.path.abspath(arguments.root)
     os.makedirs(root, mode=0o700, exist_ok=True)
@@ -149,7 +136,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
         async with trio.open_nursery() as nursery:
             with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
                 await nursery.start(model.run)
-                await nursery.start(_serve_http, model, _config(listeners), stop)
+                await nursery.start(serve_http, model, listeners, stop)
                 tcp = ", TCP {}:{}".format(*listeners[1].getsockname()[:2]) if arguments.tcp else ""
                 print(f"{READY_LINE}{path}{tcp}", flush=True)
                 async for _ in signals:
@@ -160,12 +147,6 @@ async def _serve(arguments: argparse.Namespace) -> None:
         if os.path.lexists(path):
             os.unlink(path)
         os.close(lock)
-
-
-async def _serve_http(
-    model: Model, config: Config, stop: trio.Event, task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED
-) -> None:
-    await serve(make_app(model), config, shutdown_trigger=stop.wait, task_status=task_status)
 
 
 def main() -> None:

@@ -8,20 +8,25 @@ else.
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import trio
+from hypercorn.config import Config
+from hypercorn.trio import serve
 
 from simsr.xapi import wire
 from simsr.xapi.failure import XenError
 from simsr.xapi.model import Model
 
-__all__ = ["make_app", "BODY_MAX_BYTES"]
+__all__ = ["make_app", "serve_http", "BODY_MAX_BYTES"]
 
 log = logging.getLogger("simsr.xapi")
 
 BODY_MAX_BYTES = 16 * 2**20
+KEEP_ALIVE_S = 3600.0
+"""Stock clients keep one connection and are surprised when it is gone."""
 
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -132,3 +137,16 @@ async def _json(model: Model, body: bytes, is_local: bool) -> tuple[int, str, by
     except XenError as error:
         return 200, "application/json", wire.json_reply(request_id, version_2, failure=error.description)
     return 200, "application/json", wire.json_reply(request_id, version_2, result=value)
+
+
+async def serve_http(
+    model: Model, listeners: list[socket.socket], stop: trio.Event,
+    task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED,
+) -> None:  # fmt: skip
+    """Serve ``model`` on sockets that listen, until ``stop`` is set."""
+    config = Config()
+    config.bind = [f"fd://{sock.fileno()}" for sock in listeners]
+    config.loglevel = "WARNING"
+    config.graceful_timeout = 1.0
+    config.keep_alive_timeout = KEEP_ALIVE_S
+    await serve(make_app(model), config, shutdown_trigger=stop.wait, task_status=task_status)

@@ -288,6 +288,20 @@ class Plugin:
 
     path: str
 
+    async def execute(self, *arguments: str) -> subprocess.CompletedProcess[bytes]:
+        """Run the executable as xapi does, and return what it said. Raises `XenError` if there is no running it."""
+        try:
+            return await trio.run_process(
+                [self.path, *arguments],
+                env=ENVIRONMENT,
+                stdin=subprocess.DEVNULL,
+                capture_stdout=True,
+                capture_stderr=True,
+                check=False,
+            )
+        except OSError as error:
+            raise XenError("SR_BACKEND_FAILURE", "non-zero exit", "", f"{self.path}: {error.strerror or error}") from None
+
     async def run(self, command: str, members: dict[str, Any]) -> Element:
         """Run one command and return the value in its answer.
 
@@ -297,17 +311,7 @@ class Plugin:
         if len(request.encode()) > ARGUMENT_MAX_BYTES:
             raise XenError("SR_BACKEND_FAILURE", "non-zero exit", "", "the request is too long for an argument of a process")
         with trio.CancelScope(shield=True):
-            try:
-                done = await trio.run_process(
-                    [self.path, request],
-                    env=ENVIRONMENT,
-                    stdin=subprocess.DEVNULL,
-                    capture_stdout=True,
-                    capture_stderr=True,
-                    check=False,
-                )
-            except OSError as error:
-                raise XenError("SR_BACKEND_FAILURE", "non-zero exit", "", f"{self.path}: {error.strerror or error}") from None
+            done = await self.execute(request)
         said = done.stderr.decode(errors="replace")[-STDERR_KEPT:]
         if done.returncode:
             raise failed_process(done.returncode, done.stdout.decode(errors="replace"), said)

@@ -68,9 +68,13 @@ class Drivers:
             except (SimsrError, Unimplemented) as error:
                 log.error("plug-in %s is not used: %s", path, error)
                 continue
-            self._plugins[name.lower()] = plugin
-            self._record(name.lower(), path, info)
+            self.add(name.lower(), plugin, info)
         self._forget_unused()
+
+    def add(self, sr_type: str, plugin: smapiv1.Plugin, info: smapiv1.DriverInfo) -> None:
+        """Use ``plugin`` for SRs of this type."""
+        self._plugins[sr_type] = plugin
+        self._record(sr_type, plugin.path, info)
 
     def _accepted(self) -> list[tuple[str, str]]:
         directory = self._model.settings.sm_directory

@@ -1,0 +1,187 @@
+"""The checklist finds what is wrong with a plug-in, and nothing else. The plug-ins are SimSR with something spoilt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from xapi_kit import SIMSR_PLUGIN, short_directory
+
+from simsr.cli.child_daemon import ChildDaemon
+from simsr.xapi.plugin_check import check_plugin
+from simsr.xapi.plugin_points import POINTS
+from simsr.xapi.plugin_source import source_problem
+
+MAIN = '\nif __name__ == "__main__":\n'
+
+
+@pytest.fixture(scope="module")
+def daemon():
+    folder = short_directory()
+    with ChildDaemon(str(folder / "r")) as child:
+        yield child
+
+
+def spoilt(folder: Path, text: str) -> str:
+    """SimSR with ``text`` in front of its start."""
+    plugin = SIMSR_PLUGIN.read_text()
+    assert plugin.count(MAIN) == 1
+    path = folder / "SpoiltSR"
+    path.write_text(plugin.replace(MAIN, f"\n{text}\n{MAIN}"))
+    path.chmod(0o755)
+    return str(path)
+
+
+def findings(path: str, daemon: ChildDaemon, *names: str):
+    """{name of the check: finding} of those checks, or all."""
+    points = [point for point in POINTS if not names or point.check.__name__ in names]
+    assert not names or len(points) == len(names)
+    found = check_plugin(path, daemon.socket, points=points)
+    return {point.check.__name__: finding for point, finding in zip(points, found, strict=True)}
+
+
+def wrong(found) -> dict[str, str]:
+    return {name: finding.reason for name, finding in found.items() if finding.ok is False}
+
+
+SPOILT_IN_MANY_WAYS = """
+real_answer, real_call, real_arg = answer, XenApi.call, Request.arg
+COMMAND = []
+
+def answer(argv):
+    try:
+        COMMAND.append(Request(argv).command)
+    except SmFault:
+        sys.exit(1)
+    if COMMAND[-1] == "sr_detach":
+        os._exit(3)
+    if COMMAND[-1] == "vdi_frobnicate":
+        return encode(xmlrpc.client.dumps(xmlrpc.client.Fault(143, "what?"), methodresponse=True))
+    document = real_answer(argv)
+    if COMMAND[-1] == "vdi_clone":
+        document = document.replace(b"</struct>", b"<member><name>size</name><value><int>1</int></value></member></struct>")
+    if COMMAND[-1] == "sr_update":
+        document = document.replace(b"<nil/>", b"<string></string>")
+    if COMMAND[-1] == "vdi_revert" and b"<fault>" not in document and not Request(argv).arg(0).startswith("OpaqueRef:"):
+        return encode(xmlrpc.client.dumps(xmlrpc.client.Fault(38, "done, but not"), methodresponse=True))
+    if COMMAND[-1] == "vdi_revert" and b">144<" in document:
+        document = document.replace(b">144<", b">38<")
+    return document
+
+def call(self, method, *parameters):
+    if (COMMAND[-1], method) in [("vdi_revert", "VDI.remove_from_other_config"), ("vdi_delete", "VDI.db_forget")]:
+        return ""
+    if COMMAND[-1] == "sr_scan" and method == "VDI.get_all_records_where":
+        rows = real_call(self, method, *parameters)
+        for ref, row in rows.items():
+            real_call(self, "VDI.set_sm_config", ref, {})
+        return rows
+    return real_call(self, method, *parameters)
+
+XenApi.call = call
+"""
+
+
+def test_defects_are_found_where_they_are(daemon, tmp_path):
+    found = findings(
+        spoilt(tmp_path, SPOILT_IN_MANY_WAYS), daemon, "found", "garbage", "make_sr", "unknown", "sr_update", "create", "location",
+        "attach", "snapshot", "clone", "revert", "content_id", "revert_by_uuid", "revert_refusals", "scan", "sm_config", "delete",
+        "detach", "processes",
+    )  # fmt: skip
+    reasons = wrong(found)
+    expected = {
+        "garbage": "non-zero exit",
+        "unknown": "it is fault 143",
+        "sr_update": "Unexpected response from SM plugin",
+        "clone": "XML parse failure",
+        "content_id": "content_id is still there",
+        "revert_by_uuid": "fault 38",
+        "revert_refusals": "a disk that is not there: fault 38, for which xapi destroys the disk",
+        "scan": "a second scan calls VDI.set_sm_config",
+        "sm_config": "changed or went",
+        "delete": "its row is still there",
+        "detach": "non-zero exit",
+        "processes": "exit status 1",
+    }
+    expected.pop("sm_config")  # it needs a scan that was right
+    assert reasons.keys() == expected.keys(), reasons
+    for name, text in expected.items():
+        assert text in reasons[name], f"{name}: {reasons[name]}"
+    assert found["sm_config"].ok is None and "there is no scanned" in found["sm_config"].reason
+    assert found["revert"].ok and found["snapshot"].ok and found["attach"].ok
+
+
+def test_keys_of_hosts_that_are_lost(daemon, tmp_path):
+    text = """
+real_synchronise = synchronise
+
+def synchronise(api, ref, row, vdi):
+    for key in row["sm_config"]:
+        api.call("VDI.remove_from_sm_config", ref, key)
+    real_synchronise(api, ref, row, vdi)
+"""
+    found = findings(spoilt(tmp_path, text), daemon, "found", "make_sr", "create", "scan", "sm_config")
+    assert wrong(found).keys() == {"sm_config"} and "host_OpaqueRef" in found["sm_config"].reason
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("del CONFIGURATION\ndef sr_get_driver_info(call):\n    return {'name': 'x'}\nCOMMANDS['sr_get_driver_info'] = sr_get_driver_info",
+         {"found": "sr_get_driver_info: KeyError"}),
+        ("import dataclasses", {"python": "it imports dataclasses, which Python 3.6 does not have"}),
+        ("print('hello')\nos.write(1, b'hello')",
+         {"found": "not well-formed", "processes": "sr_get_driver_info: standard output is not one XML document"}),
+        ("introduce = lambda *_, **more: NULL_REF", {"create": "it must be introduced before"}),
+        ("real_info = vdi_info\nvdi_info = lambda vdi: dict(real_info(vdi), location='elsewhere')", {"create": "but location elsewhere"}),
+        ("real = vdi_attach\nCOMMANDS['vdi_attach'] = lambda call: {'params': '/dev/null'}", {"attach": "missing field: params_nbd"}),
+        ("real = vdi_attach\nCOMMANDS['vdi_attach'] = lambda call: dict(real(call), params_nbd='nbd:/tmp/x')",
+         {"attach": "which xapi cannot read"}),
+        ("import signal\nreal = vdi_create\nCOMMANDS['vdi_create'] = lambda call: os.kill(os.getpid(), signal.SIGKILL)",
+         {"create": "SIGKILL", "processes": "vdi_create: ended by signal 9"}),
+        ("real = answer\nanswer = lambda argv: real(argv[:2])", {"last_argument": "SR_BACKEND_FAILURE_143"}),
+        ("real = vdi_create\ndef vdi_create(call):\n    call.request.mapping('vdi_sm_config')['x']\nCOMMANDS['vdi_create'] = vdi_create",
+         {"create": "SR_BACKEND_FAILURE_1200"}),
+    ],
+    ids=["driver info", "python", "stdout", "introduce", "location", "no params_nbd", "params_nbd", "signal", "last", "traceback"],
+)  # fmt: skip
+def test_one_defect_each(daemon, tmp_path, text, expected):
+    """Of the checks up to the first attachment."""
+    names = {"found", "make_sr", "create", "attach", "processes", *expected}
+    found = findings(spoilt(tmp_path, text), daemon, *names)
+    assert wrong(found).keys() == expected.keys(), wrong(found)
+    for name, reason in expected.items():
+        assert reason in found[name].reason
+    if "create" in expected or "found" in expected:
+        assert found["attach"].ok is None and "there is no" in found["attach"].reason, "what it needs is missing"
+
+
+def test_fault_38_after_a_change(daemon, tmp_path):
+    """A driver without the feature that is asked all the same, and does it before it says no."""
+    text = """
+CAPABILITIES.remove("VDI_REVERT")
+real = vdi_revert
+
+def vdi_revert(call):
+    real(call)
+    raise SmFault(38, "not supported, now that it is done")
+
+COMMANDS["vdi_revert"] = vdi_revert
+"""
+    found = findings(spoilt(tmp_path, text), daemon, "found", "make_sr", "create", "attach", "snapshot", "no_revert", "revert")
+    assert wrong(found) == {"no_revert": "the disk's data changed all the same"}
+    assert found["revert"].ok is None and "does not advertise VDI_REVERT" in found["revert"].reason
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [("if (n := 1): pass", "Python 3.6 cannot read it"), ("import trio", "it imports trio, which is not of the standard library"),
+     ("from importlib.metadata import version", "importlib.metadata"), ("import asyncio\nasyncio.run(f())", "asyncio.run"),
+     ("import XenAPI, json", ""), ("x = f'{y}'", "")],
+)  # fmt: skip
+def test_python_of_a_plugin(tmp_path, text, problem):
+    path = tmp_path / "XSR"
+    path.write_text(f"#!/usr/bin/python3\n{text}\n")
+    assert problem in source_problem(str(path))[0] and bool(problem) == bool(source_problem(str(path))[0])
+    path.write_bytes(b"\x7fELF\0")
+    assert source_problem(str(path)) == ("", False)
