@@ -27,12 +27,12 @@ def _round_up(size_bytes: int, unit_bytes: int) -> int:
 
 def chain_of(vdi: Vdi, family: list[Vdi]) -> list[int]:
     """Return the bases below ``vdi`` that other images of its ``family`` stand on as well, the oldest first. O(family x chain)."""
-    chain: list[int] = vdi.volume.meta.get("chain", [])
+    chain: list[int] = vdi.volume.meta.get("chain") or []
     parted = set()
     for other in family:
         if chain and other is not vdi:
             # Bases that were merged may be missing in one of the two, so places do not tell; all paths are in one tree.
-            theirs = set(other.volume.meta.get("chain", ()))
+            theirs = set(other.volume.meta.get("chain") or ())
             parted.update([base for base in chain if base in theirs][-1:])
     return [base for base in chain if base in parted]
 
