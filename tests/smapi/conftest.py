@@ -1,15 +1,17 @@
 """Fixtures: the partners of the plug-in (simsrd, xapi), fake, and callers that send it commands."""
 
 import tempfile
-import types
+import uuid
 from pathlib import Path
 
 import pytest
 
+from simsrd_kit import Simsrd
 from smapi_fake_daemon import FakeDaemon
 from smapi_fake_xapi import FakeXapi
 from smapi_fakes import serving
-from smapi_kit import PLUGIN, SR_UUID, Caller
+from smapi_kit import SR_UUID, Caller, load_plugin
+from smapi_wire import NIL
 
 
 @pytest.fixture
@@ -31,7 +33,7 @@ def daemon(folder):
 @pytest.fixture
 def alone(daemon, folder):
     """A caller without xapi."""
-    return Caller(socket=str(folder / "control.sock"), standalone="true")
+    return Caller(in_process=True, socket=str(folder / "control.sock"), standalone="true")
 
 
 @pytest.fixture
@@ -39,7 +41,7 @@ def xapi(folder):
     """A fake xapi whose database has the SR and no VDI."""
     model = FakeXapi()
     model.sr_ref = model.add("SR", uuid=SR_UUID, name_label="my SR", name_description="of tests",
-                             virtual_allocation="0", physical_size="0", physical_utilisation="0")
+                             virtual_allocation="0", physical_size="0", physical_utilisation="0", other_config={})
     with serving(model, folder / "xapi"):
         yield model
 
@@ -47,7 +49,7 @@ def xapi(folder):
 @pytest.fixture
 def pool(daemon, xapi, folder):
     """A caller that acts as xapi does, with a session."""
-    caller = Caller(socket=str(folder / "control.sock"), xapi_socket=str(folder / "xapi"))
+    caller = Caller(in_process=True, socket=str(folder / "control.sock"), xapi_socket=str(folder / "xapi"))
     caller.members.update(session_ref=xapi.session_ref, sr_ref=xapi.sr_ref)
     return caller
 
@@ -55,7 +57,37 @@ def pool(daemon, xapi, folder):
 @pytest.fixture
 def script():
     """The plug-in's code as a module, for the parts that no request reaches."""
-    module = types.ModuleType("simsr_plugin")
-    module.__file__ = str(PLUGIN)
-    exec(compile(PLUGIN.read_text(), str(PLUGIN), "exec"), module.__dict__)
-    return module
+    return load_plugin()
+
+
+# The real daemon.
+
+@pytest.fixture(scope="package")
+def shared_socket():
+    """The control socket of a real simsrd that tests share. It holds one SR, SR_UUID."""
+    with tempfile.TemporaryDirectory(prefix="simsr-") as path:
+        simsrd = Simsrd(Path(path) / "root", "--nbd-tcp", "127.0.0.1:0")
+        try:
+            socket = simsrd.start()
+            assert Caller(in_process=True, socket=socket, standalone="true").call("sr_create", ["0"]) is NIL
+            yield socket
+        finally:
+            simsrd.stop()
+
+
+@pytest.fixture
+def real(shared_socket):
+    """A caller without xapi, on a host of its own, for the SR that tests share in a real simsrd."""
+    caller = Caller(in_process=True, socket=shared_socket, standalone="true")
+    caller.members["host_ref"] = f"OpaqueRef:{uuid.uuid4()}"
+    return caller
+
+
+@pytest.fixture
+def real_pool(shared_socket, xapi, folder):
+    """A caller with a session in the fake xapi, and with an SR of its own in a real simsrd."""
+    caller = Caller(in_process=True, socket=shared_socket, xapi_socket=str(folder / "xapi"))
+    caller.members.update(session_ref=xapi.session_ref, sr_ref=xapi.sr_ref, sr_uuid=str(uuid.uuid4()))
+    xapi.tables["SR"][xapi.sr_ref]["uuid"] = caller.members["sr_uuid"]
+    assert caller.call("sr_create", ["0"]) is NIL
+    return caller

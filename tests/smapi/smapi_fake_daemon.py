@@ -23,6 +23,8 @@ class FakeDaemon(Model):
         self.vdis = {}
         self.requests = []
         self.failed_srs = {}
+        self.bitmap = "gAA="
+        self.exclusive = False
 
     def writes(self):
         """The requests that change something."""
@@ -41,7 +43,7 @@ class FakeDaemon(Model):
             "uuid": uuid, "location": uuid, "sr": sr, "name": "", "description": "", "type": "user",
             "size_bytes": 2**20, "physical_utilisation_bytes": 4096, "is_a_snapshot": False, "snapshot_of": None,
             "snapshot_time": None, "created_time": "2026-11-21T03:00:00Z", "read_only": False, "sharable": False,
-            "managed": True, "sm_config": {}, "attached": [], "nbd_uri": "",
+            "managed": True, "sm_config": {}, "attached": [], "nbd_uri": "", "on_boot": "persist", "cbt_enabled": False,
             "nbd_socket": f"{self.nbd_folder}/{uuid}.sock",
         }, **fields)
         return uuid
@@ -113,7 +115,10 @@ class FakeDaemon(Model):
             ("DELETE", "/v1/vdis/{vdi}"): self.delete, ("POST", "/v1/vdis/{vdi}/resize"): self.resize,
             ("POST", "/v1/vdis/{vdi}/snapshot"): self.snapshot, ("POST", "/v1/vdis/{vdi}/clone"): self.clone,
             ("POST", "/v1/vdis/{vdi}/revert"): self.revert, ("POST", "/v1/vdis/{vdi}/attach"): self.attach,
-            ("POST", "/v1/vdis/{vdi}/detach"): self.detach,
+            ("POST", "/v1/vdis/{vdi}/detach"): self.detach, ("POST", "/v1/vdis/{vdi}/epoch"): self.epoch,
+            ("POST", "/v1/vdis/{vdi}/cbt"): self.cbt, ("POST", "/v1/vdis/{vdi}/compose"): self.compose,
+            ("POST", "/v1/vdis/{vdi}/data_destroy"): self.data_destroy,
+            ("GET", "/v1/vdis/{vdi}/changed_blocks/" + parts[-1]): self.changed_blocks,
         }[method, template]
         return action(vdi, body)
 
@@ -172,9 +177,33 @@ class FakeDaemon(Model):
         disk["physical_utilisation_bytes"] = 1024
         return 200, {"vdi": disk, "changed": True, "size_changed": size_changed}
 
+    def epoch(self, vdi, body):
+        assert vdi["on_boot"] == "reset" and body["phase"] in ("begin", "end")
+        self.refuse_if_attached(vdi, "reset")
+        return 200, vdi
+
+    def cbt(self, vdi, body):
+        vdi["cbt_enabled"] = body["enabled"]
+        return 200, vdi
+
+    def compose(self, vdi, body):
+        vdi["physical_utilisation_bytes"] += self.vdis[body["parent"]]["physical_utilisation_bytes"]
+        return 200, vdi
+
+    def data_destroy(self, vdi, _):
+        if not vdi["cbt_enabled"]:
+            return daemon_error(409, "NoChangedBlocks", 460, "it has no changed block tracking")
+        vdi.update(type="cbt_metadata", physical_utilisation_bytes=0)
+        return 200, vdi
+
+    def changed_blocks(self, vdi, _):
+        return 200, {"granularity_bytes": 65536, "size_bytes": vdi["size_bytes"], "bitmap": self.bitmap}
+
     def attach(self, vdi, body):
         if body["writable"] and vdi["read_only"]:
             return daemon_error(409, "VdiReadOnly", 46, f"VDI {vdi['uuid']} is read-only")
+        if self.exclusive and any(entry["client"] != body["client"] for entry in vdi["attached"]):
+            return daemon_error(409, "VdiInUse", 24, f"cannot attach VDI {vdi['uuid']}: attached by another")
         self.detach(vdi, body)
         vdi["attached"].append({"client": body["client"], "writable": body["writable"], "kind": "attach"})
         return 200, {"nbd_uri": "", "nbd_socket": vdi["nbd_socket"], "export_name": vdi["uuid"],

@@ -47,7 +47,7 @@ INTRODUCE = [
 
 SETTERS = {
     "virtual_size": is_digits, "physical_utilisation": is_digits, "read_only": is_bool, "snapshot_of": is_ref,
-    "virtual_allocation": is_digits, "physical_size": is_digits,
+    "virtual_allocation": is_digits, "physical_size": is_digits, "cbt_enabled": is_bool,
 }
 
 
@@ -57,7 +57,7 @@ class FakeXapi(Model):
     def __init__(self):
         super().__init__()
         self.session_ref = new_ref()
-        self.tables = {"SR": {}, "VDI": {}}
+        self.tables = {name: {} for name in ("SR", "VDI", "VBD", "VM", "host", "host_metrics")}
         self.calls = []
         self.headers = []
         self.garbage = {}
@@ -71,8 +71,15 @@ class FakeXapi(Model):
         return self.add("VDI", **dict({
             "uuid": uuid, "location": uuid, "SR": sr_ref, "name_label": "", "name_description": "", "read_only": False,
             "virtual_size": str(2**20), "physical_utilisation": "4096", "sm_config": {}, "other_config": {},
-            "is_a_snapshot": False, "snapshot_of": NULL_REF,
+            "is_a_snapshot": False, "snapshot_of": NULL_REF, "cbt_enabled": False, "VBDs": [],
         }, **fields))
+
+    def add_host(self, live=True):
+        return self.add("host", metrics=self.add("host_metrics", live=live))
+
+    def add_vbd(self, vdi_ref, power_state="Halted"):
+        vbd = self.add("VBD", VM=self.add("VM", power_state=power_state), VDI=vdi_ref)
+        self.tables["VDI"][vdi_ref]["VBDs"].append(vbd)
 
     def methods(self):
         return [method for method, _ in self.calls]
@@ -124,6 +131,8 @@ class FakeXapi(Model):
             del self.tables[table][ref]
             return ""
         verb, _, field = action.partition("_")
+        if action == "get_record":
+            return row
         if verb == "get":
             return row[field]
         if verb == "set":
@@ -147,7 +156,7 @@ class FakeXapi(Model):
         taken = [(other["SR"], other["location"]) for other in self.tables["VDI"].values()]
         if (row["SR"], row["location"]) in taken:
             raise Refused(["LOCATION_NOT_UNIQUE", row["SR"], row["location"]])
-        return self.add("VDI", **row)
+        return self.add("VDI", VBDs=[], **row)
 
 
 def new_ref():

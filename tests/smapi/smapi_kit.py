@@ -1,10 +1,14 @@
 """Runs the plug-in as xapi does: a process with one argument, two environment variables and no standard input.
 
-SIMSR_PLUGIN_PYTHON names another interpreter to run it with (the plug-in must work from Python 3.6 on).
+What a command does to its partners shows just as well when the plug-in's code runs in the test's own process, which takes
+a tenth of the time; callers made with ``in_process=True`` do that. SIMSR_PLUGIN_PYTHON names another interpreter to run the
+plug-in with (it must work from Python 3.6 on); then all run as processes.
 """
 
+import functools
 import os
 import subprocess
+import types
 from pathlib import Path
 
 import pytest
@@ -16,6 +20,19 @@ ENVIRONMENT = {"PATH": "/sbin:/usr/sbin:/bin:/usr/bin", "ORIGINATOR": "SM"}
 SR_UUID = "5b4d1f0e-3a52-4b8d-a4a3-2d1c6f7e4404"
 HOST_REF = "OpaqueRef:1f6b0c55-0d4b-4f0e-9c59-0a86ab2c1101"
 TASK_REF = "OpaqueRef:c3b0e5d1-11aa-4a0e-b1de-8b2f4c6d5505"
+
+
+def load_plugin():
+    """Return a fresh module with the plug-in's code."""
+    module = types.ModuleType("simsr_plugin")
+    module.__file__ = str(PLUGIN)
+    exec(_plugin_code(), module.__dict__)
+    return module
+
+
+@functools.cache
+def _plugin_code():
+    return compile(PLUGIN.read_text(), str(PLUGIN), "exec")
 
 
 def plugin_argv(plugin=PLUGIN):
@@ -44,7 +61,8 @@ def run_plugin(document, **options):
 class Caller:
     """Sends commands for one SR. Members given to `call` replace those that xapi would send; None leaves one out."""
 
-    def __init__(self, **device_config):
+    def __init__(self, in_process=False, **device_config):
+        self.in_process = in_process and not os.environ.get("SIMSR_PLUGIN_PYTHON")
         self.device_config = dict(device_config, SRmaster="true")
         self.members = {"host_ref": HOST_REF, "sr_uuid": SR_UUID, "subtask_of": TASK_REF}
 
@@ -56,7 +74,10 @@ class Caller:
         return smapi_wire.request(command, {key: item for key, item in sent.items() if item is not None})
 
     def call(self, command, args=(), vdi=None, **members):
-        return run_plugin(self.document(command, args, vdi, **members))
+        document = self.document(command, args, vdi, **members)
+        if self.in_process:
+            return smapi_wire.parse_answer(load_plugin().answer(["SimSR", os.fsdecode(document)]))
+        return run_plugin(document)
 
     def fault(self, command, args=(), vdi=None, **members):
         """Return the fault that the command must be answered with."""

@@ -218,11 +218,39 @@ def test_attach_with_a_socket_path_that_xapi_cannot_read(alone, daemon, disk):
     assert daemon.writes() == []
 
 
-def test_epoch_begin_of_a_reset_on_boot_disk_is_not_implemented(alone, daemon, disk):
-    assert alone.fault("vdi_epoch_begin", vdi=disk, vdi_on_boot="reset").number == 38
-    assert daemon.requests == []
-    assert alone.call("vdi_epoch_begin", vdi=disk, vdi_on_boot=None) is NIL
+# --- VDI: on_boot ---
+
+def test_epochs_of_an_ordinary_disk_are_nothing(alone, daemon, disk):
+    for command in ("vdi_epoch_begin", "vdi_epoch_end"):
+        assert alone.call(command, vdi=disk) is NIL
+        assert alone.call(command, vdi=disk, vdi_on_boot=None) is NIL
+    assert daemon.writes() == []
+
+
+def test_epochs_of_a_disk_that_is_reset_on_boot(alone, daemon, disk):
+    for command in ("vdi_epoch_begin", "vdi_epoch_begin", "vdi_epoch_end"):
+        assert alone.call(command, vdi=disk, vdi_on_boot="reset") is NIL
+    epoch = f"/v1/vdis/{disk}/epoch"
+    assert daemon.writes() == [
+        ("PATCH", f"/v1/vdis/{disk}", {"on_boot": "reset"}), ("POST", epoch, {"phase": "begin"}),
+        ("POST", epoch, {"phase": "begin"}), ("POST", epoch, {"phase": "end"})]
     assert alone.fault("vdi_epoch_begin", vdi=disk, vdi_on_boot="sometimes").number == 1
+
+
+@pytest.mark.parametrize("on_boot, before", [("reset", "persist"), ("persist", "reset")])
+def test_on_boot_is_known_before_anything_can_be_written(alone, daemon, disk, on_boot, before):
+    """xapi tells of VDI.set_on_boot with the next command only; a disk of dom0 has no epoch before its first write."""
+    daemon.vdis[disk]["on_boot"] = before
+    for _ in range(2):
+        alone.call("vdi_attach", ["true"], vdi=disk, vdi_on_boot=on_boot)
+    assert [entry[2] for entry in daemon.writes()] == [
+        {"on_boot": on_boot}, *[{"client": "sm:" + HOST_REF, "writable": True}] * 2]
+
+
+def test_on_boot_is_not_touched_by_readers_and_by_what_does_not_say(alone, daemon, disk):
+    alone.call("vdi_attach", ["false"], vdi=disk, vdi_on_boot="reset")
+    alone.call("vdi_attach", ["true"], vdi=disk, vdi_on_boot=None)
+    assert daemon.vdis[disk]["on_boot"] == "persist"
 
 
 # --- VDI: copies, size, names ---
@@ -241,8 +269,60 @@ def test_resize(alone, daemon, disk):
     assert alone.fault("vdi_resize", ["512"], vdi=disk).number == 79
 
 
+def test_resize_online_is_resize(alone, daemon, disk):
+    assert check_vdi_info(alone.call("vdi_resize_online", [str(2**22)], vdi=disk)) == disk
+    assert daemon.vdis[disk]["size_bytes"] == 2**22
+    assert alone.fault("vdi_resize_online", ["512"], vdi=disk).number == 79
+
+
 def test_update_without_xapi_changes_nothing(alone, daemon, disk):
     assert alone.call("vdi_update", vdi=disk) is NIL
+    assert daemon.writes() == []
+
+
+# --- VDI: changed blocks, compose ---
+
+@pytest.mark.parametrize("command, enabled", [("vdi_enable_cbt", True), ("vdi_disable_cbt", False)])
+def test_changed_block_tracking_is_switched(alone, daemon, disk, command, enabled):
+    daemon.vdis[disk]["cbt_enabled"] = not enabled
+    for _ in range(2):
+        assert alone.call(command, vdi=disk) is NIL
+    assert daemon.writes() == [("POST", f"/v1/vdis/{disk}/cbt", {"enabled": enabled})] * 2
+
+
+@pytest.mark.parametrize("bitmap, answer", [("gAA=", "gAAAAA=="), ("", ""), ("////", "////AA=="), ("AAECAw==", "AAECAw==")])
+def test_changed_blocks_come_in_words_of_32_bits(alone, daemon, disk, snapshot, bitmap, answer):
+    daemon.bitmap = bitmap
+    assert alone.call("vdi_list_changed_blocks", [disk], vdi=snapshot) == answer
+    assert ("GET", f"/v1/vdis/{snapshot}/changed_blocks/{disk}", None) in daemon.requests
+
+
+@pytest.mark.parametrize("failure, number", [
+    (daemon_error(409, "NoChangedBlocks", 460, "not the same family"), 460),
+    ((200, {"granularity_bytes": 4096, "size_bytes": 1, "bitmap": "gA=="}), 460),
+    ((200, {"granularity_bytes": 65536, "size_bytes": 1, "bitmap": "g"}), 460)])
+def test_changed_blocks_that_cannot_be_told(alone, daemon, disk, snapshot, failure, number):
+    daemon.failures["GET", f"/v1/vdis/{{vdi}}/changed_blocks/{disk}"] = failure
+    assert alone.fault("vdi_list_changed_blocks", [disk], vdi=snapshot).number == number
+
+
+def test_data_destroy(alone, daemon, disk, snapshot):
+    assert alone.fault("vdi_data_destroy", vdi=snapshot).number == 460
+    daemon.vdis[snapshot]["cbt_enabled"] = True
+    assert alone.call("vdi_data_destroy", vdi=snapshot) is NIL
+    assert daemon.vdis[snapshot]["type"] == "cbt_metadata"
+
+
+def test_compose(alone, daemon, disk):
+    parent = daemon.add_vdi(SR_UUID)
+    assert alone.call("vdi_compose", [parent], vdi=disk) is NIL
+    assert daemon.writes() == [("POST", f"/v1/vdis/{disk}/compose", {"parent": parent})]
+
+
+@pytest.mark.parametrize("command", ["vdi_compose", "vdi_list_changed_blocks"])
+@pytest.mark.parametrize("args, number", [([], 1), (["x"], 1), ([A_REF], 1), (["OpaqueRef:NULL"], 1), ([str(uuid.uuid4())], 144)])
+def test_second_vdi_that_cannot_be_named(alone, daemon, disk, command, args, number):
+    assert alone.fault(command, args, vdi=disk).number == number
     assert daemon.writes() == []
 
 
@@ -250,7 +330,10 @@ def test_update_without_xapi_changes_nothing(alone, daemon, disk):
 
 VDI_COMMANDS = [("vdi_delete", []), ("vdi_attach", ["true"]), ("vdi_detach", []), ("vdi_activate", ["true"]),
                 ("vdi_deactivate", []), ("vdi_snapshot", []), ("vdi_clone", []), ("vdi_resize", ["2097152"]),
-                ("vdi_update", []), ("vdi_epoch_begin", []), ("vdi_epoch_end", []), ("vdi_revert", [str(uuid.uuid4())])]
+                ("vdi_update", []), ("vdi_epoch_begin", []), ("vdi_epoch_end", []), ("vdi_revert", [str(uuid.uuid4())]),
+                ("vdi_resize_online", ["2097152"]), ("vdi_compose", [str(uuid.uuid4())]), ("vdi_generate_config", []),
+                ("vdi_attach_from_config", ["true"]), ("vdi_detach_from_config", []), ("vdi_enable_cbt", []),
+                ("vdi_disable_cbt", []), ("vdi_data_destroy", []), ("vdi_list_changed_blocks", [str(uuid.uuid4())])]
 
 
 @pytest.mark.parametrize("command, args", VDI_COMMANDS)
@@ -291,7 +374,8 @@ def test_uuid_or_location_alone_will_do(alone, disk, given):
 
 @pytest.mark.parametrize("command, args", [
     ("sr_scan", []), ("vdi_create", CREATE), ("vdi_delete", []), ("vdi_snapshot", []), ("vdi_clone", []),
-    ("vdi_resize", ["2097152"])])
+    ("vdi_resize", ["2097152"]), ("vdi_compose", []), ("vdi_enable_cbt", []), ("vdi_disable_cbt", []),
+    ("vdi_data_destroy", []), ("vdi_list_changed_blocks", [])])
 def test_commands_for_the_master_on_another_host(alone, daemon, disk, command, args):
     alone.device_config["SRmaster"] = "false"
     assert alone.fault(command, args, vdi=None if command == "vdi_create" else disk).number == 58
@@ -305,7 +389,10 @@ def test_commands_for_the_master_on_another_host(alone, daemon, disk, command, a
     ("standalone", ""), ("revert", "false"), ("SRmaster", "1"), ("deadline_s", "0"), ("deadline_s", "-1"),
     ("deadline_s", "ten"), ("deadline_s", "99999"), ("deadline_s", "nan"), ("xapi_socket", "xapi"),
     ("sokcet", "/x"), ("Socket", "/x"), ("SOCKET", "/x"), ("stand_alone", "true"), ("srmaster", "true"),
-    ("reverts", "off"), ("deadline", "5"),
+    ("reverts", "off"), ("deadline", "5"), ("attach", "vhd"), ("attach", ""), ("atach", "nbd"), ("run_dir", "run"),
+    ("program_path", "bin:/bin"), ("program_path", ""), ("activate_wait_s", "-1"), ("revert-compat", "xenserver"),
+    ("revert-compat", ""), ("revert-compat", "none,cloudstack"), ("revert_compat", "cloudstack"), ("token_file", "/x"),
+    ("fingerprint", "00"), ("cacert", "/x"), ("nbd_address", "127.0.0.1:10809"), ("url", "https://host"),
 ])
 def test_wrong_device_config(alone, daemon, key, text):
     alone.device_config[key] = text
@@ -315,7 +402,7 @@ def test_wrong_device_config(alone, daemon, key, text):
 
 
 def test_keys_of_others_are_ignored(alone):
-    alone.device_config.update({"location": "x", "multipathed": "true", "revert-compat": "cloudstack", "type": "y"})
+    alone.device_config.update({"location": "x", "multipathed": "true", "type": "y"})
     assert alone.call("sr_attach") is NIL
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from smapi_fake_xapi import NULL_REF, new_ref
 from smapi_kit import SR_UUID, TASK_REF
-from smapi_wire import NIL, check_vdi_info
+from smapi_wire import NIL, Fault, check_vdi_info
 
 CREATE = ["10737418240", "root disk", "", "", "false", "19700101T00:00:00Z", "", "false"]
 SR_SIZES = ["SR.set_virtual_allocation", "SR.set_physical_size", "SR.set_physical_utilisation"]
@@ -130,9 +130,9 @@ def test_update_takes_names_over_and_writes_only_what_changed(pool, xapi, daemon
 
 def test_commands_that_have_nothing_to_tell_do_not_need_xapi(pool, folder, disk):
     pool.device_config["xapi_socket"] = str(folder / "nobody")
-    for command, args in [("vdi_epoch_begin", []), ("vdi_attach", ["true"]), ("vdi_activate", ["true"]),
-                          ("vdi_deactivate", []), ("vdi_detach", []), ("vdi_epoch_end", []), ("sr_detach", []),
-                          ("sr_content_type", [])]:
+    for command, args in [("vdi_epoch_begin", []), ("vdi_attach", ["true"]), ("vdi_deactivate", []), ("vdi_detach", []),
+                          ("vdi_epoch_end", []), ("sr_detach", []), ("sr_content_type", []), ("vdi_enable_cbt", []),
+                          ("vdi_disable_cbt", []), ("vdi_generate_config", [])]:
         pool.call(command, args, vdi=disk, vdi_ref=disk.ref)
 
 
@@ -167,7 +167,7 @@ def test_sr_attach_scans_on_the_master_only(pool, xapi, daemon):
     vdi = daemon.add_vdi(SR_UUID)
     pool.device_config["SRmaster"] = "false"
     pool.call("sr_attach")
-    assert xapi.calls == []
+    assert xapi.writes() == [] and len(xapi.tables["VDI"]) == 0
     pool.device_config["SRmaster"] = "true"
     pool.call("sr_attach")
     assert row_of(xapi, vdi)
@@ -316,23 +316,130 @@ def test_revert_switched_off_asks_nobody(pool, xapi, daemon, disk, snapshot):
     assert xapi.calls == [] and daemon.requests == []
 
 
-@pytest.mark.parametrize("method", ["VDI.get_uuid", "VDI.get_virtual_size", "VDI.set_physical_utilisation",
+@pytest.mark.parametrize("method", ["VDI.get_uuid", "VDI.get_record", "VDI.set_physical_utilisation",
                                     "VDI.remove_from_other_config"])
 def test_revert_never_answers_38_for_trouble_with_xapi(pool, xapi, disk, snapshot, method):
     xapi.failures[method] = ["SR_OPERATION_NOT_SUPPORTED", "x"]
     assert pool.fault("vdi_revert", [disk.ref], vdi=snapshot).number == 202
 
 
+def test_revert_tells_whether_changed_blocks_are_still_tracked(pool, xapi, daemon, disk, snapshot):
+    xapi.tables["VDI"][disk.ref]["cbt_enabled"] = True
+    pool.call("vdi_revert", [disk.ref], vdi=snapshot)
+    assert xapi.tables["VDI"][disk.ref]["cbt_enabled"] is False
+
+
+# --- vdi_revert: the safety valves ---
+
+@pytest.fixture
+def revert(pool, xapi, daemon, disk, snapshot):
+    """Whether a revert is done in place; if not it must be 38, and nothing touched."""
+    def revert():
+        daemon.requests.clear()
+        xapi.calls.clear()
+        try:
+            pool.call("vdi_revert", [disk.ref], vdi=snapshot, vdi_ref=snapshot.ref)
+        except Fault as fault:
+            assert fault.number == 38 and "revert-compat" in fault.text
+            assert daemon.writes() == [] and xapi.writes() == []
+            return False
+        return True
+    return revert
+
+
+@pytest.mark.parametrize("text, clones", [("cloudstack", True), ("checkpoint", False), ("none", False),
+                                          ("checkpoint,cloudstack", True), ("cloudstack, checkpoint", True)])
+@pytest.mark.parametrize("where", ["device_config", "other_config"])
+def test_disk_without_vbd_is_cloned_for_cloudstack(pool, xapi, disk, revert, text, clones, where):
+    if where == "device_config":
+        pool.device_config["revert-compat"] = text
+    else:
+        xapi.tables["SR"][xapi.sr_ref]["other_config"]["revert-compat"] = text
+    assert revert() is not clones
+    xapi.add_vbd(disk.ref)
+    assert revert()
+
+
+@pytest.mark.parametrize("text, clones", [("checkpoint", True), ("cloudstack", False), ("none", False),
+                                          ("cloudstack,checkpoint", True)])
+def test_snapshot_with_memory_is_cloned_for_checkpoints(pool, xapi, disk, snapshot, revert, text, clones):
+    pool.device_config["revert-compat"] = text
+    xapi.add_vbd(disk.ref)
+    xapi.add_vbd(snapshot.ref, "Halted")
+    assert revert()
+    xapi.add_vbd(snapshot.ref, "Suspended")
+    assert revert() is not clones
+
+
+def test_device_config_decides_before_other_config(pool, xapi, revert):
+    xapi.tables["SR"][xapi.sr_ref]["other_config"]["revert-compat"] = "cloudstack"
+    pool.device_config["revert-compat"] = "none"
+    assert revert()
+
+
+def test_valve_misspelt_in_other_config_does_not_pass_for_none(pool, xapi, daemon, disk, snapshot):
+    xapi.tables["SR"][xapi.sr_ref]["other_config"]["revert-compat"] = "cloudstak"
+    fault = pool.fault("vdi_revert", [disk.ref], vdi=snapshot)
+    assert fault.number == 91 and "cloudstak" in fault.text
+    assert daemon.writes() == []
+
+
+def test_valves_mean_nothing_without_xapi(alone, daemon, disk, snapshot):
+    alone.device_config["revert-compat"] = "cloudstack,checkpoint"
+    assert alone.call("vdi_revert", [disk], vdi=snapshot) is NIL
+
+
+@pytest.mark.parametrize("method", ["SR.get_other_config", "VDI.get_VBDs", "VM.get_power_state"])
+def test_valve_that_cannot_be_asked_is_not_38(pool, xapi, daemon, disk, snapshot, method):
+    """38 would make xapi destroy the disk."""
+    if method != "SR.get_other_config":
+        pool.device_config["revert-compat"] = "checkpoint"
+    xapi.add_vbd(snapshot.ref)
+    xapi.failures[method] = ["SR_OPERATION_NOT_SUPPORTED", "x"]
+    assert pool.fault("vdi_revert", [disk.ref], vdi=snapshot, vdi_ref=snapshot.ref).number == 202
+    assert daemon.writes() == []
+
+
+# --- CBT, compose ---
+
+def test_data_destroy_tells_the_space(pool, xapi, daemon, snapshot):
+    daemon.vdis[snapshot]["cbt_enabled"] = True
+    assert pool.call("vdi_data_destroy", vdi=snapshot, vdi_ref=snapshot.ref) is NIL
+    assert xapi.tables["VDI"][snapshot.ref]["physical_utilisation"] == "0"
+    check_sr_sizes(xapi, daemon)
+
+
+@pytest.mark.parametrize("by", ["ref", "uuid"])
+def test_compose(pool, xapi, daemon, disk, by):
+    parent = daemon.add_vdi(SR_UUID)
+    parent_ref = xapi.add_vdi(xapi.sr_ref, parent)
+    pool.call("vdi_compose", [parent_ref if by == "ref" else parent], vdi=disk, vdi_ref=disk.ref)
+    assert daemon.writes() == [("POST", f"/v1/vdis/{disk}/compose", {"parent": parent})]
+    assert xapi.tables["VDI"][disk.ref]["physical_utilisation"] == "8192"
+
+
+@pytest.mark.parametrize("by", ["ref", "uuid"])
+def test_list_changed_blocks(pool, disk, snapshot, by):
+    assert pool.call("vdi_list_changed_blocks", [disk.ref if by == "ref" else disk], vdi=snapshot) == "gAAAAA=="
+
+
+def test_scan_brings_cbt_enabled_in_step(pool, xapi, daemon, disk):
+    daemon.vdis[disk]["cbt_enabled"] = True
+    pool.call("sr_scan")
+    assert xapi.tables["VDI"][disk.ref]["cbt_enabled"] is True
+
+
 # --- xapi away, refusing, breaking off ---
 
 WRITERS = [("sr_create", ["0"]), ("sr_attach", []), ("sr_scan", []), ("sr_update", []), ("vdi_create", CREATE),
            ("vdi_delete", []), ("vdi_snapshot", []), ("vdi_clone", []), ("vdi_resize", ["2097152"]),
-           ("vdi_update", []), ("vdi_revert", ["disk"])]
+           ("vdi_update", []), ("vdi_revert", ["disk"]), ("vdi_activate", ["true"]), ("vdi_data_destroy", []),
+           ("vdi_compose", ["disk"]), ("vdi_list_changed_blocks", ["disk"])]
 
 
 def send(caller, command, args, disk, snapshot):
-    """The fault of `command` on the snapshot if it is a revert, else on the disk."""
-    vdi = snapshot if command == "vdi_revert" else disk
+    """The fault of `command` on the snapshot if it is about two VDIs, else on the disk."""
+    vdi = snapshot if args == ["disk"] else disk
     if command.startswith("sr_") or command == "vdi_create":
         return caller.fault(command, args)
     return caller.fault(command, [disk.ref] if args == ["disk"] else args, vdi=vdi, vdi_ref=vdi.ref)
@@ -359,7 +466,8 @@ def test_invalid_session_is_found_before_anything_changes(pool, daemon, disk, sn
     ("vdi_delete", [], "VDI.db_forget", 80), ("vdi_resize", ["2097152"], "VDI.set_virtual_size", 110),
     ("vdi_snapshot", [], "VDI.db_introduce", 82), ("vdi_clone", [], "VDI.db_introduce", 81),
     ("vdi_update", [], "VDI.get_name_label", 202), ("sr_update", [], "SR.set_physical_size", 202),
-    ("sr_create", ["0"], "SR.get_name_label", 202), ("vdi_revert", ["disk"], "VDI.set_physical_utilisation", 202)])
+    ("sr_create", ["0"], "SR.get_name_label", 202), ("vdi_revert", ["disk"], "VDI.set_physical_utilisation", 202),
+    ("vdi_activate", ["true"], "VDI.add_to_sm_config", 46), ("vdi_resize_online", ["2097152"], "VDI.set_virtual_size", 110)])
 def test_numbers_for_what_xapi_refuses(pool, xapi, disk, snapshot, command, args, method, number):
     xapi.failures[method] = ["PERMISSION_DENIED", "x"]
     fault = send(pool, command, args, disk, snapshot)

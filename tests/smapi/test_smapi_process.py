@@ -16,7 +16,10 @@ from smapi_kit import ENVIRONMENT, HOST_REF, PLUGIN, SR_UUID, Caller, plugin_arg
 VDI_COMMANDS = {
     "vdi_delete": [], "vdi_attach": ["true"], "vdi_detach": [], "vdi_activate": ["true"], "vdi_deactivate": [],
     "vdi_snapshot": [], "vdi_clone": [], "vdi_resize": ["2097152"], "vdi_update": [], "vdi_epoch_begin": [],
-    "vdi_epoch_end": [], "vdi_revert": [str(uuid.uuid4())],
+    "vdi_epoch_end": [], "vdi_revert": [str(uuid.uuid4())], "vdi_resize_online": ["2097152"],
+    "vdi_compose": [str(uuid.uuid4())], "vdi_generate_config": [], "vdi_attach_from_config": ["true"],
+    "vdi_detach_from_config": [], "vdi_enable_cbt": [], "vdi_disable_cbt": [], "vdi_data_destroy": [],
+    "vdi_list_changed_blocks": [str(uuid.uuid4())],
 }
 SR_COMMANDS = {
     "sr_probe": [], "sr_create": ["0"], "sr_delete": [], "sr_attach": [], "sr_detach": [], "sr_scan": [],
@@ -42,7 +45,7 @@ def test_driver_info():
     assert info["capabilities"] == [
         "SR_PROBE", "SR_UPDATE", "VDI_CREATE", "VDI_DELETE", "VDI_ATTACH", "VDI_DETACH", "VDI_ACTIVATE",
         "VDI_DEACTIVATE", "VDI_UPDATE", "VDI_INTRODUCE", "VDI_SNAPSHOT", "VDI_CLONE", "VDI_REVERT", "VDI_RESIZE",
-        "VDI_RESIZE_ONLINE", "LARGE_VDI", "THIN_PROVISIONING"]
+        "VDI_RESIZE_ONLINE", "VDI_RESET_ON_BOOT/2", "VDI_CONFIG_CBT", "LARGE_VDI", "THIN_PROVISIONING"]
     assert all(set(entry) == {"key", "description"} for entry in info["configuration"])
     assert "socket" in [entry["key"] for entry in info["configuration"]]
 
@@ -71,7 +74,7 @@ def test_python_3_6_is_enough():
 
 
 def test_unknown_command_is_not_implemented():
-    for command in ("vdi_compose", "sr_explode", "__init__", "vdi_revert2"):
+    for command in ("vdi_merge", "sr_explode", "__init__", "vdi_revert2"):
         refusal(smapi_wire.request(command, {"command": command}), 38)
 
 
@@ -152,7 +155,7 @@ def test_nested_and_huge_values_of_known_members(alone):
 
 @pytest.mark.parametrize("command, args", [*VDI_COMMANDS.items(), *SR_COMMANDS.items()])
 def test_daemon_away_is_fault_47(folder, command, args):
-    alone = Caller(socket=str(folder / "nobody.sock"), standalone="true")
+    alone = Caller(in_process=True, socket=str(folder / "nobody.sock"), standalone="true")
     vdi = str(uuid.uuid4()) if command in VDI_COMMANDS else None
     fault = alone.fault(command, args, vdi=vdi)
     assert fault.number == 47

@@ -1,16 +1,17 @@
 """The plug-in against the real simsrd: what the fakes promise holds, and the data is what the commands say."""
 
+import base64
 import re
 import shutil
 import signal
 import socket
 import struct
 import subprocess
-import sys
 import uuid
 
 import pytest
 
+from simsrd_kit import Simsrd
 from smapi_kit import SR_UUID, Caller, read_plugin, start_plugin
 from smapi_wire import NIL, check_attach, check_vdi_info
 
@@ -20,48 +21,18 @@ OTHER_SR = "99999999-3a52-4b8d-a4a3-2d1c6f7e4404"
 needs_qemu_io = pytest.mark.skipif(not shutil.which("qemu-io"), reason="qemu-io is not installed")
 
 
-class Simsrd:
-    """A real daemon on `root`, started and stopped by the test."""
-
-    def __init__(self, root):
-        self.root = root
-        self.process = None
-
-    def start(self):
-        command = [sys.executable, "-m", "simsr.daemon.main", "--root", str(self.root)]
-        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
-        line = self.process.stdout.readline()
-        ready = re.fullmatch(r"simsrd: ready, control socket (.*)\n", line)
-        assert ready, f"simsrd said {line!r}"
-        return ready[1]
-
-    def stop(self, number=signal.SIGTERM):
-        self.process.send_signal(number)
-        self.process.wait(timeout=60)
-        self.process.stdout.close()
-
-
 @pytest.fixture
 def simsrd(folder):
+    """A daemon of the test's own, to be killed or spoilt."""
     daemon = Simsrd(folder / "root")
     yield daemon
-    if daemon.process and daemon.process.poll() is None:
-        daemon.stop()
+    daemon.stop()
 
 
 @pytest.fixture
-def real(simsrd):
-    """A caller without xapi, whose SR exists."""
+def own(simsrd):
+    """A caller without xapi and with a daemon of its own, whose SR exists."""
     caller = Caller(socket=simsrd.start(), standalone="true")
-    assert caller.call("sr_create", ["0"]) is NIL
-    return caller
-
-
-@pytest.fixture
-def real_pool(simsrd, xapi, folder):
-    """A caller with a session in the fake xapi, whose SR exists."""
-    caller = Caller(socket=simsrd.start(), xapi_socket=str(folder / "xapi"))
-    caller.members.update(session_ref=xapi.session_ref, sr_ref=xapi.sr_ref)
     assert caller.call("sr_create", ["0"]) is NIL
     return caller
 
@@ -70,14 +41,14 @@ def create(caller, size=MIB, name="disk", **members):
     return check_vdi_info(caller.call("vdi_create", [str(size), name, "", "", "false", "", "", "false"], **members))
 
 
-def qemu_io(caller, vdi, *commands):
+def qemu_io(caller, vdi, *commands, **members):
     """Attach as xapi would, run qemu-io on what the answer names, detach."""
-    path, export = check_attach(caller.call("vdi_attach", ["true"], vdi=vdi))
+    path, export = check_attach(caller.call("vdi_attach", ["true"], vdi=vdi, **members))
     arguments = [part for command in commands for part in ("-c", command)]
     done = subprocess.run(["qemu-io", "-f", "raw", *arguments, f"nbd+unix:///{export}?socket={path}"],
                           stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                           timeout=60)
-    caller.call("vdi_detach", vdi=vdi)
+    caller.call("vdi_detach", vdi=vdi, **members)
     assert done.returncode == 0 and "failed" not in done.stdout, done.stdout
 
 
@@ -118,17 +89,17 @@ def test_clone_of_a_snapshot_is_another_disk(real):
 
 
 @needs_qemu_io
-def test_what_was_answered_outlives_a_killed_daemon(real, simsrd):
-    disk = create(real)
-    qemu_io(real, disk, "write -P 0x11 0 64k", "flush")
-    snapshot = check_vdi_info(real.call("vdi_snapshot", vdi=disk))
-    qemu_io(real, disk, "write -P 0x22 0 64k")
-    real.call("vdi_revert", [disk], vdi=snapshot)
+def test_what_was_answered_outlives_a_killed_daemon(own, simsrd):
+    disk = create(own)
+    qemu_io(own, disk, "write -P 0x11 0 64k", "flush")
+    snapshot = check_vdi_info(own.call("vdi_snapshot", vdi=disk))
+    qemu_io(own, disk, "write -P 0x22 0 64k")
+    own.call("vdi_revert", [disk], vdi=snapshot)
     simsrd.stop(signal.SIGKILL)
-    assert real.fault("sr_attach").number == 47
+    assert own.fault("sr_attach").number == 47
     simsrd.start()
-    assert real.call("sr_attach") is NIL
-    qemu_io(real, disk, "read -P 0x11 0 64k")
+    assert own.call("sr_attach") is NIL
+    qemu_io(own, disk, "read -P 0x11 0 64k")
 
 
 def test_life_of_a_vm_and_its_replay(real):
@@ -173,15 +144,15 @@ def test_disk_can_be_renamed_while_attached(real_pool, xapi):
     assert next(iter(xapi.tables["VDI"].values()))["name_label"] == "renamed"
 
 
-def test_sr_that_cannot_be_opened(real, simsrd):
-    disk = create(real)
+def test_sr_that_cannot_be_opened(own, simsrd):
+    disk = create(own)
     simsrd.stop()
     for path in (simsrd.root / "sr" / SR_UUID).iterdir():
         with path.open("r+b") as file:
             file.write(b"\xee" * 4096)
     simsrd.start()
     for command, args, vdi in [("sr_attach", [], None), ("sr_delete", [], None), ("vdi_attach", ["true"], disk)]:
-        assert real.fault(command, args, vdi=vdi).number == 47, command
+        assert own.fault(command, args, vdi=vdi).number == 47, command
 
 
 def test_snapshot_can_be_attached_for_reading_only(real):
@@ -210,20 +181,21 @@ def test_faults_of_the_daemon(real):
     assert real.fault("vdi_create", [str(MIB)], vdi_uuid=disk).number == 43
     assert real.fault("vdi_create", [str(MIB)], sr_uuid=OTHER_SR).number == 47
     assert real.fault("sr_attach", sr_uuid=OTHER_SR).number == 47
-    assert real.fault("sr_delete").number == 39
-    assert real.fault("sr_create", ["0"]).number == 42
 
 
 def test_sr_from_create_to_delete(real):
-    assert SR_UUID in real.call("sr_probe", sr_uuid=None)
+    real.members["sr_uuid"] = str(uuid.uuid4())
+    assert real.call("sr_create", ["0"]) is NIL
+    assert real.members["sr_uuid"] in real.call("sr_probe", sr_uuid=None)
     disk = create(real, vdi_uuid=str(uuid.uuid4()))
     assert real.fault("sr_create", ["0"]).number == 42
+    assert real.fault("sr_delete").number == 39
     for command in ("sr_attach", "sr_scan", "sr_update", "sr_detach", "sr_detach"):
         assert real.call(command) is NIL
     assert real.call("vdi_delete", vdi=disk) is NIL
     assert real.call("sr_delete") is NIL
     assert real.call("sr_delete") is NIL
-    assert SR_UUID not in real.call("sr_probe", sr_uuid=None)
+    assert real.members["sr_uuid"] not in real.call("sr_probe", sr_uuid=None)
 
 
 def test_odd_names_come_back_from_xapi_and_the_daemon(real_pool, xapi):
@@ -265,6 +237,76 @@ def test_scan_rebuilds_a_lost_database(real_pool, xapi):
     writes = len(xapi.writes())
     assert real_pool.call("sr_scan") is NIL
     assert len(xapi.writes()) == writes + 3
+
+
+# --- What xapi asks for that others do not ---
+
+@needs_qemu_io
+def test_disk_that_is_reset_on_boot(real):
+    """Each VM starts with the disk as it was when on_boot was set; setting it back keeps what is there."""
+    disk = create(real)
+    qemu_io(real, disk, "write -P 0x11 0 64k")
+    for _ in range(2):
+        assert real.call("vdi_epoch_begin", vdi=disk, vdi_on_boot="reset") is NIL
+        qemu_io(real, disk, "read -P 0x11 0 64k", "write -P 0x22 0 64k", vdi_on_boot="reset")
+        assert real.call("vdi_epoch_end", vdi=disk, vdi_on_boot="reset") is NIL
+    for _ in range(2):
+        assert real.call("vdi_epoch_begin", vdi=disk, vdi_on_boot="persist") is NIL
+        qemu_io(real, disk, "read -P 0x22 0 64k", vdi_on_boot="persist")
+
+
+@needs_qemu_io
+def test_first_write_to_a_disk_just_set_to_reset_is_forgotten(real):
+    """Though it is dom0's, which has no epoch before it."""
+    disk = create(real)
+    qemu_io(real, disk, "write -P 0x11 0 64k")
+    qemu_io(real, disk, "write -P 0x22 0 64k", vdi_on_boot="reset")
+    assert real.call("vdi_epoch_begin", vdi=disk, vdi_on_boot="reset") is NIL
+    qemu_io(real, disk, "read -P 0x11 0 64k", vdi_on_boot="reset")
+
+
+def test_epoch_cannot_begin_while_the_disk_is_written(real):
+    disk = create(real)
+    check_attach(real.call("vdi_attach", ["true"], vdi=disk, vdi_on_boot="reset"))
+    assert real.fault("vdi_epoch_begin", vdi=disk, vdi_on_boot="reset").number == 24
+    assert real.call("vdi_detach", vdi=disk, vdi_on_boot="reset") is NIL
+
+
+@needs_qemu_io
+def test_changed_blocks_are_exact_across_a_revert(real):
+    disk = create(real, 2 * MIB)  # 32 blocks of 64 KiB, so 4 bytes
+    qemu_io(real, disk, "write -P 0x11 0 64k")
+    assert real.fault("vdi_list_changed_blocks", [disk], vdi=disk).number == 460
+    assert real.call("vdi_enable_cbt", vdi=disk) is NIL
+    first = check_vdi_info(real.call("vdi_snapshot", vdi=disk))
+    qemu_io(real, disk, "write -P 0x22 64k 64k", "write -P 0x22 1M 1")
+    second = check_vdi_info(real.call("vdi_snapshot", vdi=disk))
+
+    def changed(old, new):
+        return base64.b64decode(real.call("vdi_list_changed_blocks", [new], vdi=old)).hex()
+
+    assert changed(first, second) == changed(first, disk) == "40008000"
+    assert changed(second, disk) == "00000000"
+    assert real.call("vdi_revert", [disk], vdi=first) is NIL
+    assert changed(first, disk) == "00000000" and changed(second, disk) == "40008000"
+    qemu_io(real, disk, "write -P 0x33 2031616 64k")
+    assert changed(first, disk) == "00000001" and changed(second, disk) == "40008001"
+    assert real.fault("vdi_list_changed_blocks", [first], vdi=second).number == 460
+    assert real.call("vdi_disable_cbt", vdi=disk) is NIL
+    assert real.fault("vdi_list_changed_blocks", [disk], vdi=first).number == 460
+
+
+def test_database_follows_changed_block_tracking(real_pool, xapi):
+    """xapi sets cbt_enabled of the disk itself; a snapshot is introduced with it, and a scan repairs both."""
+    disk = create(real_pool)
+    assert real_pool.call("vdi_enable_cbt", vdi=disk) is NIL
+    snapshot = check_vdi_info(real_pool.call("vdi_snapshot", vdi=disk))
+    clone = check_vdi_info(real_pool.call("vdi_clone", vdi=snapshot))
+    rows = {row["uuid"]: row for row in xapi.tables["VDI"].values()}
+    assert [rows[vdi]["cbt_enabled"] for vdi in (disk, snapshot, clone)] == [False, True, False]
+    rows[snapshot]["cbt_enabled"] = False
+    assert real_pool.call("sr_scan") is NIL
+    assert [rows[vdi]["cbt_enabled"] for vdi in (disk, snapshot, clone)] == [True, True, False]
 
 
 def test_many_at_once(real):
