@@ -34,7 +34,7 @@ from nbd_export.server import NbdServer, listen_unix
 from simsr.daemon.engine import Engine
 from simsr.daemon.mounts import Mounts
 from simsr.daemon.nbd_offer import NbdExports
-from simsr.errors import Ambiguous, BadRequest, NotFound, SimsrError, SrExists, StoreLocked, UnknownPersonality, VdiExists, VdiInUse
+from simsr.errors import Ambiguous, BadRequest, SimsrError, SrExists, StoreLocked, UnknownPersonality, VdiExists, VdiInUse
 from simsr.personalities import find_personality
 from simsr.sr.lookup import resolve
 from simsr.sr.repository import Repository, check_text, check_uuid

@@ -1,9 +1,8 @@
-"""tapdisk's conversation byte for byte, and disks of every kind in the eyes of other people's clients."""
+"""Disks of every kind in the eyes of other people's clients."""
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import socket
@@ -17,94 +16,6 @@ from interop_tools import qemu_io, run
 from nbd_wire import MIB, WireClient
 
 from nbd_export import constants as c
-
-# --- tapdisk -----------------------------------------------------------------------------------------------------
-
-
-class Tapdisk:
-    """What block-nbd.c does, read by read (spec: datapath 6.2): each item is taken with one recv of its exact length."""
-
-    def __init__(self, path: str) -> None:
-        assert len(os.fsencode(path)) <= 107
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(10)
-        self.sock.connect(path)
-        assert self.sock.recv(8) == b"NBDMAGIC"
-        assert self.sock.recv(8) == b"IHAVEOPT"
-        assert self.sock.recv(2) == struct.pack(">H", c.NBD_FLAG_FIXED_NEWSTYLE | c.NBD_FLAG_NO_ZEROES)
-        self.sock.send(struct.pack(">I", 3))
-        self.sock.send(b"IHAVEOPT" + struct.pack(">II", c.NBD_OPT_EXPORT_NAME, 15) + b"tapdisk_client\0")
-        info = self.sock.recv(10)
-        assert len(info) == 10, "a short read is not noticed by tapdisk"
-        self.size_bytes, self.flags = struct.unpack(">QH", info)
-
-    def ask(self, command: int, cookie: int, offset: int, data: bytes | int) -> None:
-        length = data if isinstance(data, int) else len(data)
-        header = struct.pack(">IIQQI", c.NBD_REQUEST_MAGIC, command, cookie, offset, length)
-        self.sock.sendall(header if isinstance(data, int) else header + data)
-
-    def answer(self, length: int = 0) -> tuple[int, int, bytes]:
-        """(error, cookie, data)"""
-        magic, error, cookie = struct.unpack(">IIQ", self.sock.recv(16, socket.MSG_WAITALL))
-        assert magic == c.NBD_SIMPLE_REPLY_MAGIC
-        return error, cookie, self.sock.recv(length, socket.MSG_WAITALL) if length else b""
-
-
-def test_tapdisk(disk):
-    tapdisk = Tapdisk(disk["nbd_socket"])
-    assert tapdisk.size_bytes == 32 * MIB and tapdisk.flags & c.NBD_FLAG_HAS_FLAGS
-    for n in range(352):  # 32 ring entries of 11 segments
-        tapdisk.ask(c.NBD_CMD_WRITE, n, n * 4096, bytes([n % 255 + 1]) * 4096)
-    assert sorted(tapdisk.answer()[1] for _ in range(352)) == list(range(352))
-    for n in range(32):
-        tapdisk.ask(c.NBD_CMD_READ, 1000 + n, n * 11 * 4096, 11 * 4096)
-    answers = [tapdisk.answer(11 * 4096) for _ in range(32)]
-    assert [cookie for _, cookie, _ in answers] == list(range(1000, 1032))
-    for error, cookie, data in answers:
-        first = (cookie - 1000) * 11
-        assert not error and data == b"".join(bytes([n % 255 + 1]) * 4096 for n in range(first, first + 11))
-    tapdisk.ask(c.NBD_CMD_DISC, 5, 0, 0)
-    assert tapdisk.sock.recv(1) == b""
-    tapdisk.sock.close()
-
-
-def test_tapdisk_pauses_and_comes_back_while_others_are_connected(shared, disk):
-    for turn in range(5):
-        tapdisk = Tapdisk(disk["nbd_socket"])
-        assert tapdisk.size_bytes == 32 * MIB
-        tapdisk.ask(c.NBD_CMD_WRITE, turn, 0, bytes([turn + 1]) * 512)
-        assert tapdisk.answer() == (0, turn, b"")
-        with WireClient.connect(shared.nbd_socket, disk["uuid"]) as other:
-            assert other.read(0, 512) == bytes([turn + 1]) * 512
-        tapdisk.ask(c.NBD_CMD_DISC, 9, 0, 0)
-        tapdisk.sock.close()
-
-
-def test_tapdisk_gets_einval_for_an_unknown_command_and_lives(disk):
-    tapdisk = Tapdisk(disk["nbd_socket"])
-    tapdisk.ask(99, 1, 0, 0)
-    assert tapdisk.answer() == (c.NBD_EINVAL, 1, b"")
-    tapdisk.ask(c.NBD_CMD_READ, 2, 0, 512)
-    assert tapdisk.answer(512) == (0, 2, bytes(512))
-    tapdisk.sock.close()
-
-
-def test_tapdisk_opens_an_attached_snapshot(shared, disk):
-    qemu_io(disk["nbd_uri"], "write -P 0x77 0 4k")
-    snapshot = shared.post(f"/v1/vdis/{disk['uuid']}/snapshot")
-    assert not os.path.exists(snapshot["nbd_socket"]), "snapshots get their socket when they are attached"
-    attached = shared.post(f"/v1/vdis/{snapshot['uuid']}/attach", client="host", writable=False)
-    tapdisk = Tapdisk(attached["nbd_socket"])
-    assert tapdisk.flags & c.NBD_FLAG_READ_ONLY
-    tapdisk.ask(c.NBD_CMD_READ, 1, 0, 4096)
-    assert tapdisk.answer(4096) == (0, 1, b"\x77" * 4096)
-    tapdisk.ask(c.NBD_CMD_WRITE, 2, 0, b"x" * 512)
-    assert tapdisk.answer() == (c.NBD_EPERM, 2, b"")
-    tapdisk.sock.close()
-    shared.wait_for_connections(0)
-    shared.post(f"/v1/vdis/{snapshot['uuid']}/detach", client="host")
-    assert not os.path.exists(snapshot["nbd_socket"])
-
 
 # --- What the daemon makes of disks ------------------------------------------------------------------------------
 

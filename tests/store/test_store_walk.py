@@ -102,11 +102,24 @@ def check_walks(store: Store, *volumes: Volume) -> None:
                 if cold:
                     squeeze(store)
                 assert run(Diff(store, old, new)).ranges == wanted, f"{old.ident} to {new.ident}"
+                check_windows(store, old, new, wanted)
         wanted = census(store)
         if cold:
             squeeze(store)
         assert told(run(Survey(store))) == wanted
     store._check()
+
+
+def check_windows(store: Store, old: Volume, new: Volume, wanted: list[tuple[int, int, bool]]) -> None:
+    """Parts of a diff, in bytes that are no borders of anything."""
+    size = max(old.size_bytes, new.size_bytes)
+    for start, end in ((0, size // 2), (size // 3, size // 3 + 5000), (size // 2 + 1, size - 1), (size - 1, size), (0, size + 5)):
+        clipped = [(max(at, start), min(at + length, end), data) for at, length, data in wanted]
+        clipped = [(begin, stop - begin, data) for begin, stop, data in clipped if begin < stop]
+        assert run(Diff(store, old, new, start, end=end)).ranges == clipped, f"{old.ident} to {new.ident}, {start} to {end}"
+        some = run(Diff(store, old, new, start, 2, end))
+        assert some.ranges == clipped[:2]
+        assert some.next_offset == (clipped[2][0] if len(clipped) > 2 else None)
 
 
 class Steps:
