@@ -60,6 +60,7 @@ class Installation:
         self.root = self._placement.root
         self._conf: XapiConf | None = None
         self.types: list[str] = []
+        self._v3_types: list[str] = []
         self.steps: list[Step] = []
 
     @property
@@ -90,7 +91,10 @@ class Installation:
         v3 = options.v3 or bool(self._placement.settings.get("v3"))
         wanted = list(self._files(conf.sm_directory, drivers))
         if v3:
-            wanted += _v3_files(self._scripts_root())
+            scripts = _v3_files(self._scripts_root())
+            queues = {os.path.basename(os.path.dirname(one.path)) for one in scripts if "/volume/" in one.path}
+            self._v3_types = sorted(queue.rpartition(".")[2] for queue in queues)
+            wanted += scripts
         self.types = [name.removesuffix("SR").lower() for name in drivers]
         if not all(conf.accepts(name) for name in self.types):
             wanted.append(self._fragment(conf))
@@ -166,7 +170,7 @@ class Installation:
         """What whoever has installed or uninstalled has to do now, in sentences."""
         lines = [] if self.is_host else [f"This is for a dom0 whose root is {self.root}:"]
         lines.append("Restart the toolstack of that host, so that xapi looks at its drivers again: xe-toolstack-restart")
-        lines += [f"Then this shows the driver: xe sm-list type={name} params=all" for name in self.types]
+        lines += [f"Then this shows the driver: xe sm-list type={name} params=all" for name in [*self.types, *self._v3_types]]
         if self._conf and not self._conf.exists:
             lines.append(f"There is no {CONF_FILE}, so only these drivers are accepted.")
         return lines

@@ -134,6 +134,7 @@ class Placement:
     def plan_removal(self) -> list[Step]:
         """Return the steps to have nothing of ours there. Raises `InstallRefused`."""
         steps = self._removals(reversed(self._record.files))
+        steps += self._compiled()
         leaving = {step.path for step in steps}
         for directory in reversed(self._record.directories):
             real = self._real(directory)
@@ -143,6 +144,18 @@ class Placement:
                 steps.append(Step("remove", self._shown(directory)))
                 leaving.add(self._shown(directory))
         self._next = _Record()
+        return steps
+
+    def _compiled(self) -> list[Step]:
+        """What Python made beside modules of ours when they were run; it is no more foreign than they are."""
+        steps = []
+        for directory in sorted({os.path.dirname(path) for path in self._record.files}):
+            cache = self._real(f"{directory}/__pycache__")
+            names = sorted(os.listdir(cache)) if os.path.isdir(cache) and not os.path.islink(cache) else []
+            ours = [name for name in names if name.endswith(".pyc") and f"{directory}/{name.split('.')[0]}.py" in self._record.files]
+            steps += [Step("remove", os.path.join(cache, name)) for name in ours]
+            if names and ours == names:
+                steps.append(Step("remove", cache))
         return steps
 
     def _removals(self, paths: Iterable[str]) -> list[Step]:

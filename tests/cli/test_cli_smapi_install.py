@@ -370,7 +370,21 @@ def test_v3(simsr, dom0, tree, place):
     (tree / "v3/volume/org.xen.xapi.storage.simsr/Volume.revert").unlink()
     done = simsr("smapi", "install", "--root", str(dom0))
     assert [line.split()[0] for line in done.lines[:2]] == ["replace", "remove"]
+    assert "xe sm-list type=simsr params=all" in done.out
+    cache = dom0 / place / "datapath/nbd+sim/__pycache__"
+    cache.mkdir()
+    (cache / "module.cpython-36.pyc").touch()  # as Python leaves it when a script is run
     assert simsr("smapi", "uninstall", "--root", str(dom0)).status == 0 and photo(dom0) == before
+
+
+def test_what_is_not_compiled_from_ours_stays(simsr, dom0, tree):
+    assert simsr("smapi", "install", "--v3", "--root", str(dom0)).status == 0
+    cache = dom0 / "var/lib/xapi/storage-scripts/datapath/nbd+sim/__pycache__"
+    cache.mkdir()
+    for name in ("module.cpython-36.pyc", "other.cpython-36.pyc"):
+        (cache / name).touch()
+    assert simsr("smapi", "uninstall", "--root", str(dom0)).status == 0
+    assert [path.name for path in cache.iterdir()] == ["other.cpython-36.pyc"]
 
 
 def test_v3_that_this_simsr_does_not_have(simsr, dom0, tree):
