@@ -12,6 +12,7 @@ from simsr.cli.client import DEFAULT_SOCKET, Client, Session, checked_text
 from simsr.cli.disks import Name, Sr, Vdi, clone, revert, snapshot, vdi_commands
 from simsr.cli.https_setup import https_setup
 from simsr.cli.integrity import check, salvage
+from simsr.cli.libvirt import libvirt_xml
 from simsr.cli.mounts import mount, mounts, umount
 from simsr.cli.personality import personality_commands
 from simsr.cli.repositories import sr_commands
@@ -45,6 +46,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(sr_commands, name="sr")
+vdi_commands.command("libvirt-xml")(libvirt_xml)
 app.add_typer(vdi_commands, name="vdi")
 app.add_typer(smapi_commands, name="smapi")
 app.add_typer(personality_commands, name="personality")

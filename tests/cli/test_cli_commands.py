@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from urllib.parse import parse_qs, urlsplit
+from xml.etree import ElementTree
 
 import pytest
 
+from simsr.cli.libvirt import disk_element
 from simsr.errors import SimsrError, VdiInUse
 
 DISK = "d15c0001-7b7e-4a53-9a7b-5d0a6e1f6606"
@@ -178,6 +181,34 @@ def test_vdi_delete(simsr, daemon, snapshot):
     assert simsr("vdi", "delete", "before upgrade").lines == [f"Snapshot {SNAPSHOT} (before upgrade) is deleted."]
     assert simsr("vdi", "delete", "d15c").lines == [f"VDI {DISK} (root) is deleted."]
     assert not daemon.vdis
+
+
+def test_a_vdi_as_a_disk_of_libvirt(simsr, disk):
+    element = ElementTree.fromstring(simsr("vdi", "libvirt-xml", "root", "--target", "sdb").out)
+    assert (element.tag, element.attrib) == ("disk", {"type": "network", "device": "disk"})
+    source, target = element.find("source"), element.find("target")
+    assert source.attrib == {"protocol": "nbd", "name": disk["uuid"]}
+    (host,) = source
+    assert host.attrib == {"transport": "unix", "socket": parse_qs(urlsplit(disk["nbd_uri"]).query)["socket"][0]}
+    assert target.attrib == {"dev": "sdb", "bus": "scsi"} and element.find("readonly") is None
+    assert disk["uuid"].startswith(element.findtext("serial")) and len(element.findtext("serial")) == 20
+
+
+@pytest.mark.parametrize("uri, tls, host", [
+    ("nbd://[::1]:10810/x%2Fy", None, {"name": "::1", "port": "10810"}),
+    ("nbds://example.org/x%2Fy", "yes", {"name": "example.org", "port": "10809"})])
+def test_a_vdi_of_a_distant_daemon_as_a_disk_of_libvirt(disk, uri, tls, host):
+    element = disk_element({**disk, "nbd_uri": uri, "read_only": True, "sharable": True}, "vdaa")
+    source = element.find("source")
+    assert source.get("name") == "x/y" and source.get("tls") == tls and source.find("host").attrib == host
+    assert element.find("target").get("bus") == "virtio"
+    assert element.find("readonly") is not None and element.find("shareable") is not None
+
+
+@pytest.mark.parametrize("target", ["", "vd", "vdA", "nvme0", "vda1", "vda\n"])
+def test_a_target_that_is_no_device(simsr, disk, target):
+    done = simsr("vdi", "libvirt-xml", "root", "--target", target)
+    assert done.status == 2 and "vda" in done.err and done.out == ""
 
 
 def test_vdi_uri_prints_the_uri_and_nothing_else(simsr, disk):
