@@ -28,12 +28,13 @@ import trio
 
 from nbd_export import constants as c
 from nbd_export.channel import Channel, TlsChannel
-from nbd_export.disk import Disk, Disks, Offer, Write, is_answer
+from nbd_export.disk import Disk, Disks, Dropped, Offer, Write, is_answer
 from nbd_export.handshake import Handshake, Negotiated, Phase
 from nbd_export.limits import Terms
 from nbd_export.peer import Peer
 from nbd_export.reading import Reader
 from nbd_export.replies import ExtendedReplies, Replies, SimpleReplies, StructuredReplies
+from nbd_export.scripted import ScriptedRequests
 from nbd_export.status import BlockStatus
 from nbd_export.transmission import NO_PAYLOAD, ExtendedRequestParser, ProtocolError, Request, RequestParser
 
@@ -97,8 +98,10 @@ class Connection:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 self._prepare()
-                await self._transmit()
-                await self._until_flushes(0)
+                if await self._meet("open"):
+                    await self._transmit()
+                    await self._until_flushes(0)
+                    await self._meet("close")
             self._channel.say_goodbye()
         finally:
             self._disk.detach()
@@ -116,6 +119,20 @@ class Connection:
         self._parser.feed(self._leftover)
         self._reader = Reader(disk, self._replies, channel, self._later, self._failure)
         self._status = BlockStatus(disk, negotiated.meta_contexts, self._replies, self._failure)
+        self._scripted = ScriptedRequests(
+            disk, self._replies, channel.send, self._failure, self._status_and_answer, self.hang_up, self._each_write_durable
+        )
+
+    async def _meet(self, op: str) -> bool:
+        """Let coming and going take as long as the scenario says, if there is one; False if the client must go."""
+        if self._disk.scripted is None:
+            return True
+        try:
+            await self._disk.scripted.meet(op)
+        except (OSError, Dropped) as error:
+            log.info("%s: %s: %s", self._peer.label, op, error)
+            return False
+        return True
 
     def hang_up(self, reason: str) -> None:
         """Close the connection, whatever is under way."""
@@ -234,6 +251,8 @@ class Connection:
         written: list[Request] = []
         flushes: list[Request] = []
         answers: list[bytes] = []
+        if self._disk.scripted is not None or self._scripted.pieces:
+            return await self._handle_scripted(batch)
         size, writable, going_on = self._size_bytes, self._writable_bytes, True
         for request in batch:
             command, flags, _, offset, length, payload, _ = request
@@ -287,6 +306,22 @@ class Connection:
         if self._flushes > _FLUSHES_MAX:
             await self._until_flushes(_FLUSHES_MAX)
         return going_on
+
+    async def _handle_scripted(self, batch: list[Request]) -> bool:
+        """`_handle`, for a disk under a scenario: each request by itself."""
+        for request in batch:
+            if request.command == c.NBD_CMD_DISC:
+                return False
+            if problem := self._problem(request):
+                if request.final:
+                    await self._channel.send(self._replies.error(request, *problem))
+            elif request.command == c.NBD_CMD_READ and not request.length:
+                await self._channel.send(self._replies.nothing(request))
+            elif request.final and request.cookie in self._failed:  # of a write whose first pieces came before the scenario
+                await self._channel.send(self._failure(request, self._failed.pop(request.cookie)))
+            else:
+                await self._scripted.start(self._nursery, self._with_real_length(request))
+        return True
 
     def _problem(self, request: Request) -> tuple[int, str] | None:
         """Why a request cannot be carried out: (NBD error, text); None if it can."""
@@ -381,9 +416,7 @@ class Connection:
             else:
                 self._failed[requests[0].cookie] = error
             return
-        durable = self._terms.each_write_durable
-        if durable is None:
-            durable = self._negotiated.is_tapdisk
+        durable = self._each_write_durable()
         acknowledged = []
         for request in requests:
             if not request.final:
@@ -395,6 +428,10 @@ class Connection:
             else:
                 acknowledged.append(request)
         answers += self._replies.done(acknowledged)
+
+    def _each_write_durable(self) -> bool:
+        chosen = self._terms.each_write_durable
+        return self._negotiated.is_tapdisk if chosen is None else chosen
 
     async def _clear_and_answer(self, request: Request, offset: int, length: int) -> None:
         """Zero a range that is too long to be zeroed without a pause."""

@@ -9,7 +9,7 @@ from nbd_export.handshake import Exports
 from nbd_export.limits import Terms
 from nbd_export.peer import Peer
 
-__all__ = ["Disk", "Disks", "Offer", "Write", "is_answer"]
+__all__ = ["Disk", "Disks", "Dropped", "Offer", "Scripted", "Write", "is_answer"]
 
 Write = tuple[int, int, memoryview | None]
 """(offset in bytes, length in bytes, the data or None for zeros)"""
@@ -20,14 +20,41 @@ def is_answer(error: Exception) -> bool:
     return isinstance(error, OSError) or hasattr(error, "nbd_errno")
 
 
+class Dropped(Exception):
+    """The client's connection is to be dropped; with ``error``, behind an answer with that."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        super().__init__("dropped by a scenario")
+        self.error = error
+
+
+class Scripted(Protocol):
+    """A disk that a scenario is in force on. Every method may wait as long as the scenario says; it raises `Dropped`, or an error as
+    those of a `Disk` do."""
+
+    async def read(self, offset: int, length: int) -> bytearray:
+        """The data of a range."""
+
+    async def write(self, op: str, offset: int, length: int, payload: bytes | bytearray | None, fua: bool) -> None:
+        """``op``: write, or zero or trim without a payload."""
+
+    async def flush(self) -> None:
+        """Make every write answered so far durable."""
+
+    async def meet(self, op: str, offset: int = 0, length: int = 0) -> None:
+        """Let another operation (extents, open, close) take its time, or fail, before it is carried out as usual."""
+
+
 class Disk(Protocol):
     """One attached disk. Methods that are not async never wait; ranges are inside the disk.
 
-    Errors are exceptions with an ``nbd_errno`` attribute, or OSError. ``size_bytes`` may grow meanwhile.
+    Errors are exceptions with an ``nbd_errno`` attribute, or OSError. ``size_bytes`` may grow meanwhile. ``scripted``: what to ask
+    instead while a scenario is in force on the disk; it may come and go at any time.
     """
 
     size_bytes: int
     terms: Terms
+    scripted: Scripted | None
 
     def read(self, batch: Sequence[tuple[int, memoryview]]) -> list[int]:
         """Fill the views from memory; returns the indices of those that would have to wait for a disk."""

@@ -49,6 +49,9 @@ __all__ = [
     "DaemonUnreachable",
     "BadScenario",
     "BadTrace",
+    "ScenarioRunning",
+    "NoScenario",
+    "InjectedFault",
     "UnknownPersonality",
     "SnapshotChainTooLong",
     "InstallRefused",
@@ -398,6 +401,40 @@ class BadScenario(BadRequest):
     def __init__(self, hint: str = "", **details: object) -> None:
         super().__init__(**details)
         self.hint = hint or self.hint
+
+
+class ScenarioRunning(SimsrError):
+    """scenario {name!r} is running"""
+
+    exit_code = 42
+    http_status = 409
+    hint = "End it first: 'simsr scenario stop'."
+
+
+class NoScenario(SimsrError):
+    """no scenario is running in {where}"""
+
+    exit_code = 43
+    http_status = 409
+    hint = "Start one with 'simsr scenario run FILE', or add a single rule with 'simsr fault add'."
+
+
+class InjectedFault(SimsrError):
+    """{operation} of VDI {name} failed as the scenario wants it: {reason}"""
+
+    exit_code = 47
+    http_status = 409
+    hint = "See 'simsr scenario status'; 'simsr fault reset' ends all faults."
+
+    def __init__(self, *, number: int = errno.EIO, **details: object) -> None:
+        super().__init__(**details)
+        self.nbd_errno = number
+        self.sm_fault = _SM_FAULT_OF.get(number, 200)
+        self.xenapi_code = f"SR_BACKEND_FAILURE_{self.sm_fault}"
+
+
+_SM_FAULT_OF = {errno.ENOSPC: 44, errno.EBUSY: 24, errno.ENOENT: 144, errno.ETIMEDOUT: 47, errno.ESHUTDOWN: 47, errno.EINVAL: 1}
+"""The fault of SMAPIv1 that says what an errno says; never 38, which would have xapi clone the disk."""
 
 
 class BadTrace(BadRequest):

@@ -13,6 +13,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from copy import copy
 from heapq import heappop, heappush
 from typing import Any
 
@@ -57,6 +58,13 @@ class ServiceTimes:
         self._sorted: dict[_Key, list[int]] = {}
         self._nearest: dict[_Key, _Key] = {}
         self.given = self.ended = 0
+
+    def again(self) -> ServiceTimes:
+        """Another stream of the same times, from the beginning."""
+        other = copy(self)
+        other._at = dict.fromkeys(self._times, 0)
+        other.given = other.ended = 0
+        return other
 
     def _key(self, op: str, length: int, depth: int) -> _Key:
         return (

@@ -17,6 +17,7 @@ from simsr.cli.mounts import mount, mounts, umount
 from simsr.cli.personality import personality_commands
 from simsr.cli.repositories import sr_commands
 from simsr.cli.smapi import smapi_commands
+from simsr.cli.scenarios import fault_commands, scenario_commands
 from simsr.cli.space import diff
 from simsr.cli.tls_setup import tls_setup
 from simsr.cli.xapi import xapi_commands
@@ -51,6 +52,8 @@ app.add_typer(vdi_commands, name="vdi")
 app.add_typer(smapi_commands, name="smapi")
 app.add_typer(personality_commands, name="personality")
 app.add_typer(xapi_commands, name="xapi")
+app.add_typer(scenario_commands, name="scenario")
+app.add_typer(fault_commands, name="fault")
 app.command("snapshot")(snapshot)
 app.command("clone")(clone)
 app.command("revert")(revert)

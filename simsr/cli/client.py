@@ -7,9 +7,11 @@ whatever keeps an answer from arriving becomes `DaemonUnreachable`.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -72,6 +74,11 @@ class Client:
         """Return the path of the VDI that ``name`` names (uuid, unique prefix or name)."""
         return _object_path("vdis", "VDI", name, rest)
 
+    @staticmethod
+    def path_of(collection: str, name: str) -> str:
+        """Return the path of anything else that has a name."""
+        return f"/v1/{collection}/{quote(name, safe='')}"
+
     def get(self, path: str, **query: str) -> Any:
         """Return the answer to GET ``path``."""
         return self._request("GET", path, params=query)
@@ -84,9 +91,24 @@ class Client:
         """Return the answer to PATCH ``path``."""
         return self._request("PATCH", path, json=body)
 
-    def delete(self, path: str) -> None:
-        """Send DELETE ``path``."""
-        self._request("DELETE", path)
+    def delete(self, path: str) -> Any:
+        """Send DELETE ``path``; returns the answer, if it has one."""
+        return self._request("DELETE", path)
+
+    @contextlib.contextmanager
+    def stream(self, method: str, path: str) -> Iterator[Iterator[str]]:
+        """Give the lines of an answer as they come."""
+        connected = self._connected()
+        import httpx
+
+        try:
+            with connected.stream(method, path, timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)) as response:
+                if not response.is_success:
+                    response.read()
+                    raise _remote_error(response.json(), response.status_code, f"{method} {path}")
+                yield response.iter_lines()
+        except httpx.TransportError as error:
+            raise self._unreachable(str(error)) from None
 
     def _request(self, method: str, path: str, **content: Any) -> Any:
         connected = self._connected()

@@ -26,6 +26,7 @@ from simsr.daemon.answers import error_answer
 from simsr.daemon.api_mounts import mounts_router
 from simsr.daemon.api_nbd import nbd_router
 from simsr.daemon.api_personality import personality_router
+from simsr.daemon.api_scenario import ControlGate, scenario_router
 from simsr.daemon.api_scrub import scrub_router
 from simsr.daemon.api_space import space_router
 from simsr.daemon.api_xapi import xapi_router
@@ -218,6 +219,7 @@ class _PathAsSent:
 def make_app(host: Host, control_socket: str | None, nbd_tcp: str | None, https: str | None = None) -> FastAPI:
     """The application that serves ``host``."""
     app = FastAPI(title="simsrd", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.add_middleware(ControlGate, host=host)
     app.add_middleware(_PathAsSent)
     _add_error_handlers(app)
     _add_daemon_routes(app, host, control_socket, nbd_tcp, https)
@@ -226,6 +228,7 @@ def make_app(host: Host, control_socket: str | None, nbd_tcp: str | None, https:
     _add_history_routes(app, host)
     app.include_router(nbd_router(host))
     app.include_router(scrub_router(host))
+    app.include_router(scenario_router(host))
     walks = Walks(host)
     app.include_router(space_router(host, walks))
     app.include_router(xapi_router(host, walks, VdiOut, _describe_vdi))

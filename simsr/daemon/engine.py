@@ -23,6 +23,7 @@ from typing import TypeVar
 import trio
 from outcome import Outcome
 
+from nbd_export.disk import Scripted
 from nbd_export.limits import Terms
 from simsr.daemon.upkeep import Upkeep
 from simsr.errors import SimsrError, StoreStopped
@@ -63,6 +64,8 @@ class Engine:
         self.wake = self.upkeep.wake
         self.checkpoint = self.upkeep.checkpoint
         store.log.on_roll = self.wake
+        self.on_flush: Callable[[], None] | None = None
+        """Called before a change is made durable, once: where a scenario has the daemon die."""
         self.flush_waits = self.cold_reads = self.room_waits = 0
 
     # Flushing.
@@ -74,6 +77,8 @@ class Engine:
 
     async def flush(self) -> None:
         """Make everything written before this call durable. Raises `StoreStopped`."""
+        if self.on_flush is not None:
+            self.on_flush()
         ended = trio.Event()
         errors: list[Exception | None] = []
 
@@ -213,6 +218,7 @@ class Disk:
         self._engine, self._volume, self._on_detach = engine, volume, on_detach
         self.terms = terms or Terms()
         self.changed = changed
+        self.scripted: Scripted | None = None
         self.read = volume.read
         self.flush_soon = engine.flush_soon
         self.is_durable = engine.is_durable

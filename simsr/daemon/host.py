@@ -31,9 +31,10 @@ from urllib.parse import quote
 import trio
 
 from nbd_export.server import NbdServer, listen_unix
-from simsr.daemon.engine import Engine
+from simsr.daemon.engine import Disk, Engine
 from simsr.daemon.mounts import Mounts
 from simsr.daemon.nbd_offer import NbdExports
+from simsr.daemon.theatre import Theatre
 from simsr.errors import Ambiguous, BadRequest, SimsrError, SrExists, StoreLocked, UnknownPersonality, VdiExists, VdiInUse
 from simsr.personalities import find_personality
 from simsr.sr.lookup import resolve
@@ -87,6 +88,7 @@ class Host:
         self.nbd_exports = NbdExports(self)
         self.nbd = NbdServer(self.nbd_exports, **nbd_options)
         self.mounts = Mounts(self)
+        self.theatre = Theatre(self.plain_disk, lambda vdi: self.mounted[vdi.sr].engine)
         self.started = time.monotonic()
         self._listeners: dict[str, trio.CancelScope] = {}
         self._srs_lock = trio.Lock()
@@ -116,6 +118,7 @@ class Host:
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
+                await nursery.start(self.theatre.run)
                 for name in sorted(os.listdir(self._path("sr"))):
                     await self._mount_found(self._path("sr", name))
                 for listener in listeners or [listen_unix(self.nbd_socket)]:
@@ -337,6 +340,10 @@ class Host:
             scope.cancel()
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.socket_of(vdi))
+
+    def plain_disk(self, vdi: Vdi) -> Disk:
+        """A disk for the daemon's own reading and writing, outside of any scenario and without counting as a client."""
+        return Disk(self.mounted[vdi.sr].engine, vdi.volume, lambda: None)
 
     def statistics(self) -> dict[str, object]:
         return {

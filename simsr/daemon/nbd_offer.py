@@ -136,9 +136,12 @@ class _Offer:
 
         def on_detach() -> None:
             door.open.pop(key)
+            self._host.theatre.detach(disk)
             mounted.repository.detach(vdi, key)
 
-        return Disk(mounted.engine, vdi.volume, on_detach, door.terms, partial(self._changed, mounted, vdi))
+        disk = Disk(mounted.engine, vdi.volume, on_detach, door.terms, partial(self._changed, mounted, vdi))
+        self._host.theatre.attach(vdi, disk)
+        return disk
 
     # What has changed.
 

@@ -49,6 +49,7 @@ class FakeDisk:
 
     def __init__(self, size_bytes: int = SIZE_BYTES, *, read_only: bool = False) -> None:
         self.terms = Terms()
+        self.scripted = None
         self.changes: dict[str, list[tuple[int, bool]]] = {}  # context -> what `changed` answers with
         self.content = bytearray(memoryview(_CONTENT)[:size_bytes])
         self.read_only = read_only

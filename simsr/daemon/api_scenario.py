@@ -1,0 +1,255 @@
+"""The part of the control API for scenarios and faults, and the gate that operations pass while one is in force."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+from urllib.parse import unquote
+
+import trio
+from fastapi import APIRouter, Request
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.datastructures import QueryParams
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from simsr.daemon.answers import error_answer
+from simsr.daemon.host import Host
+from simsr.daemon.scenario_text import check_text, library_plans, library_text
+from simsr.errors import SimsrError
+
+__all__ = ["scenario_router", "ControlGate"]
+
+log = logging.getLogger("simsr.scenario")
+
+TEXT_MAX = 1 << 20
+_WATCH_S = 0.5
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class ScenarioText(Body):
+    text: Annotated[str, Field(max_length=TEXT_MAX, description="the scenario, as TOML")]
+    source: Annotated[str, Field(max_length=4096)] = "the request"
+    directory: Annotated[str, Field(max_length=4096, pattern="^/")] | None = Field(
+        None, description="where relative names of traces begin"
+    )
+
+
+class ScenarioStart(ScenarioText):
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
+    step: Literal["before-log", "after-log", "after-swap", "before-ack"] | None = Field(
+        None, description='where kill_daemon = "at-step" kills'
+    )
+
+
+class FaultAdd(Body):
+    rule: dict[str, Any] = Field(description="match, trigger, action... as in a [[rule]]")
+    name: Annotated[str, Field(min_length=1, max_length=64)] | None = None
+
+
+class Heal(Body):
+    vdis: list[Annotated[str, Field(max_length=4096)]] | None = Field(None, description="only these; default: all")
+    permanent: bool = Field(False, description="write the damage into the store, so that it stays")
+
+
+class PlanOut(BaseModel):
+    name: str
+    about: str
+    seed: int
+    profiles: list[str]
+    rules: list[dict[str, Any]] = Field(description="name, match, trigger, action")
+    phases: list[dict[str, Any]] = Field(description="name, for, until, repeat, rules, begins_s")
+    expect: list[str]
+
+
+class CheckOut(PlanOut):
+    clients: dict[str, list[dict[str, str]]] = Field(description="what tapdisk, qemu, kernel and fuse could not carry or bear")
+
+
+class TextOut(BaseModel):
+    name: str
+    text: str
+
+
+class RuleOut(BaseModel):
+    rule: str
+    in_force: bool
+    matched: int = Field(description="requests that it looked at")
+    hits: int = Field(description="times that it fired")
+
+
+class ScenarioOut(BaseModel):
+    scenario: str
+    seed: int
+    decided: int = Field(description="requests decided on so far")
+    timeline: dict[str, Any]
+    rules: list[RuleOut]
+    events: list[str]
+    limits: list[dict[str, Any]]
+    pools: list[dict[str, Any]]
+    paths: dict[str, Any]
+    disks: list[dict[str, Any]]
+    age_s: float
+    is_over: bool = Field(description="whether the last phase has ended")
+    hung: int = Field(description="requests that hang now")
+    under_way: int = Field(description="requests that wait now, those that hang included")
+    power_cuts: int
+    notes: list[dict[str, Any]] = Field(description="the last phases and events: at_s, what, name")
+
+
+class InForceOut(BaseModel):
+    rule: str | None = Field(description="its name; null: all")
+    in_force_after: int = Field(description="the number of the last request decided before")
+
+
+class HealedOut(BaseModel):
+    healed: list[str] = Field(description="uuids")
+    permanent: bool
+
+
+class DecisionOut(BaseModel):
+    at_ns: int
+    rule: str
+    disk: str
+    op: str
+    number: int
+    u: float | None
+    places: list[int]
+    actions: str
+
+
+def scenario_router(host: Host) -> APIRouter:
+    """The routes, for one host."""
+    router, theatre = APIRouter(), host.theatre
+
+    @router.get("/v1/scenarios", response_model=list[PlanOut])
+    async def list_library() -> list[dict]:
+        """The scenarios and profiles that come with simsr."""
+        return await trio.to_thread.run_sync(library_plans)
+
+    @router.get("/v1/scenarios/{name}", response_model=TextOut)
+    async def show_of_library(name: str) -> dict:
+        """The text of one of them."""
+        return {"name": name, "text": library_text(name)}
+
+    @router.post("/v1/scenario/check", response_model=CheckOut)
+    async def check_scenario(body: ScenarioText) -> dict:
+        """Read a scenario without putting it in force: what is wrong with it, and what each kind of client would make of it."""
+        return await trio.to_thread.run_sync(check_text, body.text, body.source, body.directory)
+
+    @router.post("/v1/scenario", status_code=201, response_model=ScenarioOut)
+    async def start_scenario(body: ScenarioStart) -> dict:
+        """Put a scenario in force; answered when it is."""
+        play = await theatre.start(body.text, body.source, body.directory, body.seed, body.step)
+        return play.statistics()
+
+    @router.get("/v1/scenario", response_model=ScenarioOut)
+    async def scenario_status() -> dict:
+        """The scenario in force: phase, hits of each rule, disks."""
+        return theatre.playing.statistics()
+
+    @router.delete("/v1/scenario", response_model=ScenarioOut)
+    async def stop_scenario() -> dict:
+        """End the scenario; answered when nothing of it is in force any more."""
+        return theatre.stop()
+
+    @router.get("/v1/scenario/decisions", response_model=list[DecisionOut])
+    async def decisions() -> list[dict]:
+        """The last decisions, the oldest first."""
+        return [decision._asdict() for decision in theatre.playing.engine.decisions]
+
+    @router.post("/v1/scenario/hold", include_in_schema=False)
+    async def hold(request: Request) -> StreamingResponse:
+        """Stay connected while the scenario runs: when this connection ends, nobody hangs any more (rules with ``persist`` excepted)."""
+        play = theatre.playing
+
+        async def lines():
+            ended = False
+            try:
+                while theatre.play is play and not play.engine.is_over:
+                    yield f"{play.engine.phase or ''}\n"
+                    await trio.sleep(_WATCH_S)
+                ended = True
+            finally:
+                if not ended:
+                    log.warning("who started scenario %s is gone; what hangs is let go", play.engine.scenario.name)
+                    play.dead_man()
+
+        return StreamingResponse(lines(), media_type="text/plain")
+
+    @router.get("/v1/faults", response_model=list[RuleOut])
+    async def list_faults() -> list[dict]:
+        """The rules in force, with how often they matched and fired."""
+        return [line for line in theatre.playing.statistics()["rules"] if line["in_force"]] if theatre.play else []
+
+    @router.post("/v1/faults", status_code=201, response_model=InForceOut)
+    async def add_fault(body: FaultAdd) -> dict:
+        """Put one rule in force; answered when it is."""
+        return await theatre.add_rule(body.rule, body.name)
+
+    @router.delete("/v1/faults/{name}", response_model=InForceOut)
+    async def remove_fault(name: str) -> dict:
+        """Take a rule out of force and let go what hangs because of it."""
+        return theatre.playing.remove_rule(unquote(name))
+
+    @router.post("/v1/faults-reset", response_model=InForceOut)
+    async def reset_faults() -> dict:
+        """End all rules and phases, heal all damage, let everybody go on."""
+        return theatre.playing.reset()
+
+    @router.post("/v1/faults-heal", response_model=HealedOut)
+    async def heal(body: Heal | None = None) -> dict:
+        """Take the damage away, or make it permanent."""
+        chosen = None if body is None or body.vdis is None else {host.find_vdi(name)[1].uuid for name in body.vdis}
+        return await theatre.playing.heal(chosen, body is not None and body.permanent)
+
+    return router
+
+
+_ON_VDI = re.compile(r"/v1/vdis/([^/]+)/(snapshot|clone|revert|undo|redo|resize|attach|detach)")
+_OPS = {"undo": "revert", "redo": "revert"}
+
+
+class ControlGate:
+    """Lets operations of the control plane meet the scenario in force: they are late, fail, hang, or kill the daemon at a step."""
+
+    def __init__(self, app: ASGIApp, host: Host) -> None:
+        self._app, self._host = app, host
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or self._host.theatre.play is None or (found := self._operation(scope)) is None:
+            await self._app(scope, receive, send)
+            return
+        theatre, (op, names) = self._host.theatre, found
+        before_answer: list[Callable[[], None]] = []
+        try:
+            for name in names:
+                _, vdi = self._host.find_vdi(name)
+                before_answer.append(await theatre.before(op, vdi))
+        except SimsrError as error:
+            await error_answer(error)(scope, receive, send)
+            return
+
+        async def send_answer(message: Message) -> None:
+            for act in before_answer:
+                act()
+            await send(message)
+
+        await self._app(scope, receive, send_answer)
+
+    def _operation(self, scope: Scope) -> tuple[str, list[str]] | None:
+        """(operation, names of the VDIs) of a request."""
+        method, path = scope["method"], scope["raw_path"].decode("ascii", "replace").partition("?")[0]
+        if method == "POST" and (match := _ON_VDI.fullmatch(path)):
+            return _OPS.get(match[2], match[2]), [unquote(match[1])]
+        if method == "DELETE" and (match := re.fullmatch(r"/v1/vdis/([^/]+)", path)):
+            return "delete", [unquote(match[1])]
+        if method == "GET" and path == "/v1/vdis" and (sr := QueryParams(scope["query_string"]).get("sr")):
+            vdis = [vdi for vdi in self._host.all_vdis() if vdi.sr == sr]
+            return ("scan", [vdis[0].uuid]) if vdis else None
+        return None

@@ -1,0 +1,342 @@
+"""The scenario that is in force in this daemon: one engine (`scenarios.engine`) over all its disks, and what carries out its orders.
+
+Live rules (``simsr fault add``) go into the running scenario, or into an empty one that is made for them. A disk is scripted while rules
+apply to it or damage lies on it; otherwise its requests do not come by here at all.
+
+Whoever changes what is in force gets its answer when it is in force: rules are swapped between two requests, and the answer names the
+last request that was decided before.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import trio
+
+from scenarios.disk import DiskRules
+from scenarios.draws import Draws
+from scenarios.engine import Engine
+from scenarios.loader import load_rule
+from scenarios.request import Order
+from scenarios.schema import Scenario
+from scenarios.write_cache import WriteCache
+from simsr.daemon.alarm import Alarm, current_ns
+from simsr.daemon.engine import Disk
+from simsr.daemon.scripted import ScriptedDisk, UnderWay
+from simsr.daemon.trace_files import TraceFiles
+from simsr.sr.vdi import Vdi
+
+__all__ = ["ScenarioRun", "NOTES_MAX"]
+
+log = logging.getLogger("simsr.scenario")
+
+NOTES_MAX = 4096
+"""Phases and events that are kept for whoever asks later."""
+
+GROUP_KEY = "simsr-group"
+"""In sm_config: the groups that a VDI is in, for ``scope = "group:NAME"``."""
+
+
+class _Attached:
+    """The attachments of one VDI, and what they share."""
+
+    def __init__(self, vdi: Vdi, rules: DiskRules, each_write: bool) -> None:
+        self.vdi, self.rules = vdi, rules
+        self.cache = WriteCache(each_write)
+        self.lock = trio.Lock()
+        self.disks: dict[Disk, ScriptedDisk] = {}
+
+
+class ScenarioRun:
+    """One scenario from its beginning to its end. `run` is its task; ``make_disk`` gives a disk for the run's own writing."""
+
+    def __init__(
+        self, scenario: Scenario, seed: int | None, files: TraceFiles, alarm: Alarm, make_disk: Callable[[Vdi], Disk]
+    ) -> None:
+        self.alarm, self._make_disk, self._files = alarm, make_disk, files
+        self._under_way: set[UnderWay] = set()
+        self._vdis: dict[str, _Attached] = {}
+        self._changed = trio.Event()
+        self._cuts: list[Order] = []
+        self.notes: list[dict[str, Any]] = []
+        self.hung = self.cuts = 0
+        self.is_over = False
+        self._live_rules = 0
+        self._keeps = _cuts_power(scenario)
+        self._durability = {name: profile.durability for name, profile in scenario.profile.items()}
+        self.began_ns = current_ns()
+        self.engine = Engine(scenario, self.began_ns, seed, replays=files.replay)
+
+    # Disks come and go.
+
+    def _of(self, vdi: Vdi) -> _Attached:
+        attached = self._vdis.get(vdi.uuid)
+        if attached is None:
+            groups = tuple(filter(None, vdi.volume.meta["sm_config"].get(GROUP_KEY, "").split(",")))
+            rules = self.engine.disk(vdi.uuid, vdi.size_bytes, [vdi.name] if vdi.name else [], vdi.name or vdi.uuid, groups)
+            each_write = self._durability.get(self.engine.profile_name(rules) or "") == "each-write"
+            attached = self._vdis[vdi.uuid] = _Attached(vdi, rules, each_write)
+            attached.cache.keeps = self._keeps
+        if attached.rules.size_bytes != vdi.size_bytes:
+            attached.rules.resize(vdi.size_bytes)
+        return attached
+
+    def gate(self, vdi: Vdi) -> ScriptedDisk:
+        """What operations on the VDI have to pass."""
+        attached = self._of(vdi)
+        return ScriptedDisk(self, vdi.uuid, None, attached.rules, attached.cache, attached.lock)
+
+    def attach(self, vdi: Vdi, disk: Disk) -> None:
+        """A client has attached; ``disk`` is scripted if anything applies to it."""
+        attached = self._of(vdi)
+        attached.disks[disk] = ScriptedDisk(self, vdi.uuid, disk, attached.rules, attached.cache, attached.lock)
+        self._script(attached)
+        self.obey()
+
+    def detach(self, vdi: Vdi, disk: Disk) -> None:
+        if attached := self._vdis.get(vdi.uuid):
+            attached.disks.pop(disk, None)
+        disk.scripted = None
+
+    def _script(self, attached: _Attached) -> None:
+        rules = attached.rules
+        needed = rules.applies or not rules.overlay.is_quiet or attached.cache.keeps
+        for disk, scripted in attached.disks.items():
+            disk.scripted = scripted if needed else None
+
+    def _script_all(self) -> None:
+        for attached in self._vdis.values():
+            self._script(attached)
+
+    # What happens to VDIs in the meantime.
+
+    def snapshot_taken(self, vdi: Vdi, snapshot: Vdi) -> None:
+        if attached := self._vdis.get(vdi.uuid):
+            attached.rules.overlay.snapshot(snapshot.uuid)
+
+    def reverted(self, vdi: Vdi, snapshot: Vdi) -> None:
+        if attached := self._vdis.get(vdi.uuid):
+            attached.rules.overlay.revert(snapshot.uuid)
+            attached.rules.resize(vdi.size_bytes)
+            attached.cache.clear()
+            self._script(attached)
+
+    # The run.
+
+    async def run(self, task_status: trio.TaskStatus = trio.TASK_STATUS_IGNORED) -> None:
+        """Go through the phases, carry out orders; until cancelled or `end`."""
+        task_status.started()
+        self.obey()
+        while not self.is_over:
+            self._changed = trio.Event()
+            ends_ns = self.engine.next_change_ns
+            if self._cuts:
+                await self._cut(self._cuts.pop(0))
+                continue
+            with trio.move_on_at(min(ends_ns / 1e9, trio.current_time() + 3600)):
+                await self._changed.wait()
+            self.engine.advance(current_ns())
+            self.obey()
+
+    def end(self) -> None:
+        """Take everything out of force and let everybody go on."""
+        self.engine.reset(current_ns())
+        self.obey()
+        self.is_over = True
+        self._changed.set()
+        for attached in self._vdis.values():
+            attached.cache.clear()
+            attached.cache.keeps = False
+            for disk in attached.disks:
+                disk.scripted = None
+
+    def dead_man(self) -> None:
+        """Whoever controlled the scenario is gone: nobody may hang any more."""
+        self.engine.dead_man(current_ns())
+        self.obey()
+
+    # Orders.
+
+    def obey(self) -> None:
+        """Carry out what the engine wants. Called after everything that may have given orders."""
+        if not self.engine.has_orders:
+            return
+        for order in self.engine.take_orders():
+            _ORDERS[order.kind](self, order)
+        self._changed.set()
+
+    def _note(self, order: Order) -> None:
+        self.notes.append({"at_s": (order.at_ns - self.began_ns) / 1e9, "what": order.kind, **_plain(order.details)})
+        del self.notes[:-NOTES_MAX]
+        log.info("%s: %s %s", self.engine.scenario.name, order.kind, order.details.get("name", ""))
+
+    def _applies(self, order: Order) -> None:
+        if attached := self._vdis.get(order.details["vdi"]):
+            self._script(attached)
+
+    def _release(self, order: Order) -> None:
+        rule, error = order.details["rule"], order.details["error"]
+        for state in self._under_way:
+            if state.parked_by is not None and rule in (None, state.parked_by):
+                state.parked_by, state.error = None, error
+                state.event.set()
+
+    def _inflight(self, order: Order) -> None:
+        for state in self._under_way:
+            if state.path != order.details["path"] or state.parked_by is not None:
+                continue
+            if order.details["what"] == "error":
+                state.error = errno.EIO
+                state.event.set()
+            else:
+                state.hang = order.details["rule"]
+
+    def _power_cut(self, order: Order) -> None:
+        self._note(order)
+        self._cuts.append(order)
+        off = {name for name, attached in self._vdis.items() if self.engine.is_off(attached.rules)}
+        for state in self._under_way:
+            if state.vdi in off:
+                state.dropped, state.parked_by = True, None
+                state.event.set()
+
+    async def _cut(self, order: Order) -> None:
+        """Make the disks without power look as the cut has left them."""
+        details = order.details
+        for name, attached in self._vdis.items():
+            if not self.engine.is_off(attached.rules):
+                continue
+            draws = Draws(details["seed"], details["rule"], attached.rules.key, "cut", details["number"])
+            async with attached.lock:
+                pieces = attached.cache.cut(details["keep"], draws, details["torn"], details["order"])
+                await self._store(attached.vdi, pieces)
+            log.info("power cut of VDI %s: %d pieces differ", name, len(pieces))
+        self.cuts += 1
+
+    async def _store(self, vdi: Vdi, pieces: list[tuple[int, bytes]]) -> None:
+        disk = self._make_disk(vdi)
+        try:
+            for offset, data in pieces:
+                batch = [(offset, len(data), memoryview(data))]
+                if not disk.write(batch):
+                    await disk.write_rest(batch, 0)
+        finally:
+            disk.detach()
+
+    # What disks ask.
+
+    def path_of(self, rules: DiskRules, now: int) -> str:
+        """The storage path that a request takes now, or ""."""
+        paths = self.engine.paths_of(rules)
+        return (paths.route("", now)[0] or "") if paths is not None else ""
+
+    @contextmanager
+    def watching(self, state: UnderWay) -> Iterator[None]:
+        self._under_way.add(state)
+        try:
+            yield
+        finally:
+            self._under_way.discard(state)
+
+    # Live commands.
+
+    def add_rule(self, data: dict[str, Any], name: str | None) -> dict[str, Any]:
+        """Put a rule in force. Raises `BadScenario`, `BadRequest`."""
+        self._live_rules += 1
+        rule = load_rule({**data, **({"name": name} if name else {})}, f"live-{self._live_rules}", self._files.times, self.engine.scenario)
+        if rule.action.power_cut is not None:
+            self._remember_writes()
+        decided = self.engine.add_rule(rule, current_ns())
+        self.obey()
+        self._script_all()
+        return {"rule": rule.name, "in_force_after": decided}
+
+    def _remember_writes(self) -> None:
+        self._keeps = True
+        for attached in self._vdis.values():
+            attached.cache.keeps = True
+
+    def remove_rule(self, name: str) -> dict[str, Any]:
+        """Raises `NotFound`."""
+        decided = self.engine.remove_rule(name, current_ns())
+        self.obey()
+        return {"rule": name, "in_force_after": decided}
+
+    def reset(self) -> dict[str, Any]:
+        """End all rules and phases, heal all damage, let everybody go on."""
+        decided = self.engine.reset(current_ns())
+        self.obey()
+        self._script_all()
+        return {"rule": None, "in_force_after": decided}
+
+    async def heal(self, vdis: set[str] | None, permanent: bool) -> dict[str, Any]:
+        """Take damage away from these VDIs (None: all), or write it into their stores first."""
+        healed = []
+        for name, attached in self._vdis.items():
+            if vdis is not None and name not in vdis:
+                continue
+            async with attached.lock:
+                overlay, now = attached.rules.overlay, current_ns()
+                if permanent:
+                    await self._spoil(attached, overlay.permanent(now), overlay.rotten_bits(now))
+                overlay.heal(now)
+            self._script(attached)
+            healed.append(name)
+        self.obey()
+        return {"healed": healed, "permanent": permanent}
+
+    async def _spoil(self, attached: _Attached, pieces: list[tuple[int, bytes]], bits: list[int]) -> None:
+        disk = self._make_disk(attached.vdi)
+        try:
+            for bit in bits:
+                cell = bytearray(1)
+                if disk.read([(bit // 8, memoryview(cell))]):
+                    (error,) = await disk.read_cold([(bit // 8, memoryview(cell))])
+                    if error is not None:
+                        raise error
+                pieces.append((bit // 8, bytes([cell[0] ^ 1 << bit % 8])))
+        finally:
+            disk.detach()
+        await self._store(attached.vdi, pieces)
+
+    def statistics(self) -> dict[str, Any]:
+        return {
+            **self.engine.statistics(),
+            "age_s": (current_ns() - self.began_ns) / 1e9,
+            "is_over": self.engine.is_over,
+            "hung": self.hung,
+            "under_way": len(self._under_way),
+            "power_cuts": self.cuts,
+            "notes": self.notes[-100:],
+        }
+
+
+def _cuts_power(scenario: Scenario) -> bool:
+    rules = [*scenario.rule, *(rule for phase in scenario.phase for rule in phase.rule)]
+    return any(rule.action.power_cut is not None for rule in rules)
+
+
+def _plain(details: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in details.items() if isinstance(value, str | int | float | bool | None)}
+
+
+def _nothing(run: ScenarioRun, order: Order) -> None:
+    pass
+
+
+_ORDERS: dict[str, Callable[[ScenarioRun, Order], None]] = {
+    "applies": ScenarioRun._applies,
+    "release": ScenarioRun._release,
+    "inflight": ScenarioRun._inflight,
+    "power_cut": ScenarioRun._power_cut,
+    "power_on": ScenarioRun._note,
+    "event": ScenarioRun._note,
+    "phase": ScenarioRun._note,
+    "over": ScenarioRun._note,
+    "replay": ScenarioRun._note,
+    "replay_stop": ScenarioRun._note,
+}

@@ -1,0 +1,195 @@
+"""One attached disk under a scenario: asks the rules about each request and carries the plan out (`scenarios.request`).
+
+The faces (NBD, FUSE) call `read`, `write` and `flush` instead of the disk's own methods while the disk is
+scripted, and `meet` before others; each may wait as long as the plan says, and raises an OSError to answer with, or `Dropped`.
+
+A delay counts from when the request came, and the disk's own time is part of it: the request is carried out a little before it is due,
+as much as the last ones took.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import trio
+
+from nbd_export.disk import Disk, Dropped
+from scenarios.disk import DiskRules
+from scenarios.request import Effect, Hang, Plan, Request
+from scenarios.write_cache import WriteCache
+from simsr.daemon.alarm import current_ns
+
+if TYPE_CHECKING:
+    from simsr.daemon.scenario_run import ScenarioRun
+
+__all__ = ["ScriptedDisk", "UnderWay"]
+
+_LEAD_MAX_NS = 1_000_000
+
+
+class UnderWay:
+    """A request that sleeps or is parked, so that orders can reach it. ``parked_by``: the rule, or None while it sleeps."""
+
+    __slots__ = ("vdi", "path", "event", "parked_by", "error", "hang", "dropped")
+
+    def __init__(self, vdi: str, path: str) -> None:
+        self.vdi, self.path = vdi, path
+        self.event = trio.Event()
+        self.parked_by: str | None = None
+        self.error = 0
+        self.hang: str | None = None  # the rule it is to be parked by although it was only sleeping
+        self.dropped = False  # the power went
+
+
+class ScriptedDisk:
+    """``disk`` is the attachment whose requests these are (None: only `until_due` is used); ``rules`` and ``cache`` belong to the VDI,
+    shared by all attachments."""
+
+    def __init__(self, run: ScenarioRun, vdi: str, disk: Disk | None, rules: DiskRules, cache: WriteCache, lock: trio.Lock) -> None:
+        self._run, self._vdi, self._disk, self._rules, self._cache, self._lock = run, vdi, disk, rules, cache, lock
+        self._lead_ns = 0
+        self.client = ""
+
+    # What faces call.
+
+    async def read(self, offset: int, length: int) -> bytearray:
+        """Read under the rules. Raises OSError, `Dropped`, what the disk raises."""
+        plan = await self.until_due(Request("read", offset, length, client=self.client))
+        overlay, effects = self._rules.overlay, plan.effects
+        began = current_ns()
+        data = await _read(self._disk, overlay.source(offset, effects), length)
+        if effects or not overlay.is_quiet:
+            overlay.show(offset, memoryview(data), current_ns(), effects)
+        self._took(began)
+        return data
+
+    async def write(self, op: str, offset: int, length: int, payload: bytes | bytearray | None, fua: bool) -> None:
+        """``op``: write, zero or trim. Raises OSError, `Dropped`, what the disk raises."""
+        plan = await self.until_due(Request(op, offset, length, fua, client=self.client))
+        began = current_ns()
+        if op == "trim":
+            start, end = -(-offset // 4096) * 4096, (offset + length) // 4096 * 4096
+            offset, length = start, max(0, end - start)
+        view = None if payload is None else memoryview(payload)
+        overlay, effects = self._rules.overlay, plan.effects
+        if length and (effects or not overlay.is_quiet or self._cache.keeps):
+            async with self._lock:
+                await self._write_noted(offset, length, view, effects, fua)
+        elif length:
+            await _write(self._disk, offset, length, view)
+        if fua or self._cache.each_write:
+            await self._flush()
+        self._took(began)
+
+    async def _write_noted(
+        self, offset: int, length: int, view: memoryview | None, effects: Sequence[Effect], fua: bool
+    ) -> None:
+        overlay, cache = self._rules.overlay, self._cache
+        before = [bytes(await _read(self._disk, *where)) for where in overlay.before(offset, length, effects)]
+        if cache.keeps:
+            cache.before(offset, bytes(await _read(self._disk, offset, length)))
+        await _write(self._disk, offset, length, view)
+        if cache.keeps:
+            cache.wrote(offset, bytes(length) if view is None else bytes(view), stable=fua or cache.each_write)
+        overlay.wrote(offset, length if view is None else view, current_ns(), effects, before)
+
+    async def flush(self) -> None:
+        """Raises OSError, `Dropped`, what the disk raises."""
+        plan = await self.until_due(Request("flush", client=self.client))
+        began = current_ns()
+        if not any(effect.kind == "lose" for effect in plan.effects):
+            mark = self._cache.mark()
+            await self._flush()
+            self._cache.flushed(mark)
+        self._took(began)
+
+    async def meet(self, op: str, offset: int = 0, length: int = 0) -> None:
+        """For what is carried out elsewhere: extents, open, close. Raises OSError, `Dropped`."""
+        await self.until_due(Request(op, offset, length, client=self.client))
+
+    # Plans.
+
+    async def until_due(self, request: Request) -> Plan:
+        """Decide, hang, wait. Raises OSError and `Dropped` as the plan says; one that comes back is to be carried out."""
+        run, now = self._run, current_ns()
+        state = UnderWay(self._vdi, run.path_of(self._rules, now))
+        plan = self._rules.decide(request, now)
+        run.obey()
+        if plan.hang is None and not plan.delay_ns:
+            self._refuse(plan, plan.error)
+            return plan
+        with run.watching(state):
+            if plan.hang is not None:
+                await self._park(state, plan, plan.hang)
+                now = current_ns()
+            due = now + plan.delay_ns - (0 if plan.error else self._lead_ns)
+            if due > current_ns():
+                await run.alarm.wait(state.event, due)
+            while state.hang is not None:
+                rule, state.hang, state.event = state.hang, None, trio.Event()
+                await self._park(state, plan, Hang(rule))
+            if state.dropped:
+                raise Dropped(None)
+            self._refuse(plan, state.error or plan.error)
+        return plan
+
+    async def _park(self, state: UnderWay, plan: Plan, hang: Hang) -> None:
+        state.parked_by = hang.rule
+        self._run.hung += 1
+        try:
+            if hang.until_ns is None:
+                await state.event.wait()
+            else:
+                await self._run.alarm.wait(state.event, hang.until_ns)
+        finally:
+            self._run.hung -= 1
+        by_order, state.parked_by, state.event = state.parked_by is None, None, trio.Event()
+        if state.dropped:
+            raise Dropped(None)
+        self._refuse(plan, state.error or (0 if by_order else hang.error))
+
+    def _refuse(self, plan: Plan, error: int) -> None:
+        """Raise what the plan ends with instead of carrying the request out."""
+        failure = OSError(error, f"{os.strerror(error)} (injected by {', '.join(plan.rules) or 'the scenario'})") if error else None
+        if plan.disconnect:
+            raise Dropped(failure)
+        if failure is not None:
+            raise failure
+
+    def _took(self, began_ns: int) -> None:
+        """Remember how long the disk itself took."""
+        took_ns = min(current_ns() - began_ns, _LEAD_MAX_NS)
+        self._lead_ns += (took_ns - self._lead_ns) // 8
+
+    async def _flush(self) -> None:
+        if self._disk.is_durable():
+            return
+        ended, errors = trio.Event(), []
+
+        def done(error: Exception | None) -> None:
+            errors.append(error)
+            ended.set()
+
+        self._disk.flush_soon(done)
+        await ended.wait()
+        if errors[0] is not None:
+            raise errors[0]
+
+
+async def _read(disk: Disk, offset: int, length: int) -> bytearray:
+    data = bytearray(length)
+    view = memoryview(data)
+    if length and disk.read([(offset, view)]):
+        (error,) = await disk.read_cold([(offset, view)])
+        if error is not None:
+            raise error
+    return data
+
+
+async def _write(disk: Disk, offset: int, length: int, view: memoryview | None) -> None:
+    batch = [(offset, length, view)]
+    if not disk.write(batch):
+        await disk.write_rest(batch, 0)
+

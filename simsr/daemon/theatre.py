@@ -1,0 +1,161 @@
+"""Which scenario is in force in this daemon, if any; starting, ending, and what the operations of the control plane meet.
+
+At most one `ScenarioRun` at a time. Disks are told to it as clients come and go; while there is none, nothing here is asked on the
+way of a request.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import trio
+
+from nbd_export.disk import Dropped
+from scenarios.loader import load
+from scenarios.request import Effect, Request
+from scenarios.schema import Scenario
+from simsr.daemon.alarm import Alarm
+from simsr.daemon.engine import Disk, Engine
+from simsr.daemon.scenario_run import ScenarioRun
+from simsr.daemon.trace_files import TraceFiles
+from simsr.errors import InjectedFault, NoScenario, ScenarioRunning
+from simsr.sr.vdi import Vdi
+
+__all__ = ["Theatre", "STEPS"]
+
+STEPS = ("before-log", "after-log", "after-swap", "before-ack")
+"""Where ``kill_daemon`` can kill: nothing is done; the change is in the log and in memory, which is one step here, but not yet durable (the
+second and third); it is durable and the answer has not left."""
+
+
+class Theatre:
+    """``make_disk`` gives a disk on which damage is made permanent and power cuts are carried out; ``engine_of`` the engine of a VDI's SR."""
+
+    def __init__(self, make_disk: Callable[[Vdi], Disk], engine_of: Callable[[Vdi], Engine]) -> None:
+        self._make_disk, self._engine_of = make_disk, engine_of
+        self._disks: dict[Disk, Vdi] = {}
+        self._nursery: trio.Nursery
+        self.alarm = Alarm()
+        self.play: ScenarioRun | None = None
+        self._step = STEPS[0]
+
+    async def run(self, task_status: trio.TaskStatus = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until cancelled. Under another clock than the system's the alarm stays out of it."""
+        async with trio.open_nursery() as self._nursery:
+            if type(trio.lowlevel.current_clock()).__name__ == "SystemClock":
+                await self._nursery.start(self.alarm.run)
+            task_status.started()
+            await trio.sleep_forever()
+
+    # Disks.
+
+    def attach(self, vdi: Vdi, disk: Disk) -> None:
+        self._disks[disk] = vdi
+        if self.play is not None:
+            self.play.attach(vdi, disk)
+
+    def detach(self, disk: Disk) -> None:
+        vdi = self._disks.pop(disk)
+        if self.play is not None:
+            self.play.detach(vdi, disk)
+
+    # Scenarios.
+
+    async def start(
+        self, text: str, source: str, directory: str | None, seed: int | None = None, step: str | None = None
+    ) -> ScenarioRun:
+        """Put a scenario in force. ``step``: one of `STEPS`, where ``kill_daemon = "at-step"`` kills; whoever enumerates them starts the
+        scenario anew for each. Raises `BadScenario`, `BadTrace`, `ScenarioRunning`."""
+        files = TraceFiles(directory)
+
+        def read() -> Scenario:
+            scenario = load(text, source, files.times)
+            files.prepare(scenario)
+            return scenario
+
+        scenario = await trio.to_thread.run_sync(read)
+        if self.play is not None:
+            raise ScenarioRunning(name=self.play.engine.scenario.name)
+        self._step = step or STEPS[0]
+        return await self._begin(scenario, seed, files)
+
+    async def _begin(self, scenario: Scenario, seed: int | None, files: TraceFiles) -> ScenarioRun:
+        play = ScenarioRun(scenario, seed, files, self.alarm, self._make_disk)
+        self.play = play
+        for disk, vdi in self._disks.items():
+            play.attach(vdi, disk)
+        await self._nursery.start(play.run)
+        return play
+
+    def stop(self) -> dict[str, Any]:
+        """End it; returns how it ended. Raises `NoScenario`."""
+        play = self.playing
+        play.end()
+        self.play = None
+        return play.statistics()
+
+    @property
+    def playing(self) -> ScenarioRun:
+        """Raises `NoScenario`."""
+        if self.play is None:
+            raise NoScenario(where="this daemon")
+        return self.play
+
+    async def add_rule(self, data: dict[str, Any], name: str | None) -> dict[str, Any]:
+        """Put one rule in force, in an empty scenario if there is none. Raises `BadScenario`, `BadRequest`."""
+        play = self.play
+        began = play is None
+        if play is None:
+            play = await self._begin(Scenario(simsr=1, name="live"), None, TraceFiles(None))
+        try:
+            return play.add_rule(data, name)
+        except BaseException:
+            if began:
+                self.stop()
+            raise
+
+    # The control plane.
+
+    async def before(self, op: str, vdi: Vdi | None, client: str = "") -> Callable[[], None]:
+        """Meet what the scenario has for an operation; returns what to call when its answer is about to leave.
+
+        Raises `InjectedFault`, also where a data path would drop the connection.
+        """
+        play = self.play
+        if play is None or vdi is None:
+            return _nothing
+        try:
+            plan = await play.gate(vdi).until_due(Request(op, client=client))
+        except OSError as error:
+            raise InjectedFault(number=error.errno or errno.EIO, operation=op, name=vdi.uuid, reason=error.strerror or "") from None
+        except Dropped as dropped:
+            number = dropped.error.errno if isinstance(dropped.error, OSError) else errno.ESHUTDOWN
+            raise InjectedFault(number=number or errno.EIO, operation=op, name=vdi.uuid, reason="the connection is dropped") from None
+        steps = [effect for effect in plan.effects if effect.kind == "kill_daemon"]
+        return self._stage(vdi, steps[0]) if steps else _nothing
+
+    def _stage(self, vdi: Vdi, effect: Effect) -> Callable[[], None]:
+        """Have the daemon die at its step."""
+        step = self._step if effect.value == "at-step" else effect.value
+        if step == "before-log":
+            _die()
+        elif step in ("after-log", "after-swap"):
+            self._engine_of(vdi).on_flush = _die
+        elif step == "before-ack":
+            return _die
+        return _nothing
+
+    def statistics(self) -> dict[str, Any] | None:
+        return self.play.statistics() if self.play is not None else None
+
+
+def _nothing() -> None:
+    pass
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)

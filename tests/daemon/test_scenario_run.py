@@ -1,0 +1,290 @@
+"""A scenario in force on disks: plans are carried out, orders obeyed, under a mock clock."""
+
+from __future__ import annotations
+
+import errno
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from nbd_export.disk import Dropped
+from scenarios.loader import load
+from simsr.daemon.alarm import Alarm
+from simsr.daemon.scenario_run import ScenarioRun
+from simsr.daemon.trace_files import TraceFiles
+from simsr.errors import BadTrace, NotFound
+
+KIB = 1024
+SIZE = 1 << 20
+
+
+@pytest.fixture
+def autojump_clock():
+    return MockClock(autojump_threshold=0)
+
+
+class RamDisk:
+    """A disk of the daemon, in memory. ``durable`` is what a flush has made so."""
+
+    def __init__(self, content: bytearray) -> None:
+        self.content, self.scripted = content, None
+        self.flushes = 0
+
+    def read(self, batch):
+        for offset, view in batch:
+            view[:] = self.content[offset : offset + len(view)]
+        return []
+
+    async def read_cold(self, batch):
+        return [None for _ in self.read(batch)]
+
+    def write(self, batch):
+        for offset, length, view in batch:
+            self.content[offset : offset + length] = bytes(length) if view is None else view
+        return len(batch)
+
+    def is_durable(self):
+        return False
+
+    def flush_soon(self, done):
+        self.flushes += 1
+        done(None)
+
+    async def allocation_cold(self, offset, length, extents_max):
+        return [(length, True)]
+
+    def detach(self):
+        pass
+
+
+class Stage:
+    def __init__(self, play, disks):
+        self.play, self.disks = play, disks
+
+    def __getitem__(self, name):
+        return self.disks[name].scripted
+
+
+@asynccontextmanager
+async def stage(text, names=("one",), directory=None, seed=None):
+    vdis = {name: SimpleNamespace(uuid=f"uuid-{name}", name=name, size_bytes=SIZE, volume=SimpleNamespace(meta={"sm_config": {}})) for name in names}
+    disks = {name: RamDisk(bytearray(SIZE)) for name in names}
+    files = TraceFiles(directory)
+    scenario = load('simsr = 1\nname = "test"\n' + text, "test.toml", files.times)
+    files.prepare(scenario)
+    play = ScenarioRun(scenario, seed, files, Alarm(), lambda vdi: disks[vdi.name])
+    for name, disk in disks.items():
+        play.attach(vdis[name], disk)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(play.run)
+        yield Stage(play, disks)
+        play.end()
+        assert all(disk.scripted is None for disk in disks.values())
+
+
+async def timed(call):
+    began = trio.current_time()
+    with trio.fail_after(10_000):
+        result = await call
+    return result, trio.current_time() - began
+
+
+def rule(match="", trigger="", action="", more=""):
+    return f"[[rule]]\n{more}\nmatch = {{ {match} }}\ntrigger = {{ {trigger} }}\naction = {{ {action} }}\n"
+
+
+async def test_a_disk_without_rules_is_not_scripted(autojump_clock):
+    async with stage(rule('vdi = "one"', action='delay = "3ms"'), ("one", "two")) as here:
+        assert here["two"] is None and here["one"] is not None
+
+
+async def test_delays_take_their_time_and_data_arrive(autojump_clock):
+    async with stage(rule('op = "read"', action='delay = "3ms"')) as here:
+        _, took = await timed(here["one"].write("write", 4096, 5, b"hello", False))
+        assert took == 0
+        data, took = await timed(here["one"].read(4094, 9))
+        assert bytes(data) == b"\0\0hello\0\0" and took == pytest.approx(0.003, abs=1e-6)
+
+
+async def test_errors_and_disconnects(autojump_clock):
+    text = rule('op = "read"', "nth = 2", 'error = "ENOSPC", delay = "1s"') + rule('op = "read"', "nth = 3", "disconnect = true")
+    async with stage(text) as here:
+        await here["one"].read(0, 512)
+        with pytest.raises(OSError, match="injected by rule-1") as caught:
+            await here["one"].read(0, 512)
+        assert caught.value.errno == errno.ENOSPC and trio.current_time() > 0
+        with pytest.raises(Dropped) as dropped:
+            await here["one"].read(0, 512)
+        assert dropped.value.error is None
+
+
+async def test_what_hangs_is_let_go_when_its_rule_is_removed(autojump_clock):
+    async with stage(rule('op = "write"', action="hang = true", more='name = "stuck"')) as here:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(here["one"].write, "write", 0, 512, b"x" * 512, False)
+            await trio.sleep(1000)
+            assert here.play.statistics()["hung"] == 1
+            assert bytes(await here["one"].read(0, 1)) == b"\0", "reads go on"
+            disk = here["one"]
+            assert here.play.remove_rule("stuck")["in_force_after"] >= 1
+        assert here["one"] is None and bytes(await disk.read(0, 1)) == b"x"
+
+
+async def test_a_hang_ends_by_itself_and_with_an_error(autojump_clock):
+    async with stage(rule('op = "read"', action='hang = "70s"')) as here:
+        _, took = await timed(here["one"].read(0, 512))
+        assert took == pytest.approx(70)
+
+
+async def test_the_dead_man_lets_go(autojump_clock):
+    async with stage(rule('op = "read"', action="hang = true")) as here:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(here["one"].read, 0, 512)
+            await trio.sleep(5)
+            here.play.dead_man()
+        assert here.play.hung == 0
+
+
+async def test_phases_come_and_go_without_requests(autojump_clock):
+    text = (
+        '[[phase]]\nname = "good"\nfor = "10s"\n[[phase]]\nname = "bad"\nfor = "10s"\n[[phase.rule]]\naction = { error = "EIO" }\n'
+        '[[phase]]\nname = "gone"\n'
+    )
+    async with stage(text) as here:
+        assert here["one"] is None
+        await trio.sleep(10.5)
+        with pytest.raises(OSError):
+            await here["one"].read(0, 512)
+        await trio.sleep(10)
+        assert here["one"] is None
+        assert [(note["at_s"], note["name"]) for note in here.play.notes] == [(0, "good"), (10, "bad"), (20, "gone")]
+
+
+async def test_requests_under_way_on_a_path_that_dies_hang_and_go_on_by_the_other(autojump_clock):
+    text = (
+        '[profile.san]\npaths = { A = "optimized", B = "standby" }\nlatency.all = "20s"\n'
+        '[[phase]]\nfor = "10s"\n'
+        '[[phase]]\nfor = "30s"\n[[phase.rule]]\nmatch = { path = "A" }\naction = { path = "down", inflight = "hang" }\n'
+        '[[phase]]\n[[phase.rule]]\naction = { path = "B", state = "optimized", release = "hang" }\n'
+    )
+    async with stage(text) as here:
+        _, took = await timed(here["one"].read(0, 512))
+        assert took == pytest.approx(40), "parked at 20 s, let go at 40 s"
+
+
+class TestDamage:
+    async def test_torn_and_healed(self, autojump_clock):
+        async with stage(rule('op = "write"', "nth = 2", "torn = { sector = 512, keep = \"prefix\" }"), seed=3) as here:
+            disk = here["one"]
+            await disk.write("write", 0, 8 * KIB, b"a" * 8 * KIB, False)
+            await disk.write("write", 0, 8 * KIB, b"b" * 8 * KIB, False)
+            seen = bytes(await disk.read(0, 8 * KIB))
+            kept = seen.count(b"b")
+            assert kept % 512 == 0 and kept < 8 * KIB and seen == b"b" * kept + b"a" * (8 * KIB - kept)
+            assert here.disks["one"].content[: 8 * KIB] == b"b" * 8 * KIB, "the store is never damaged"
+            await here.play.heal(None, permanent=False)
+            assert bytes(await disk.read(0, 8 * KIB)) == b"b" * 8 * KIB
+
+    async def test_permanent(self, autojump_clock):
+        async with stage(rule('op = "write"', "nth = 2", "lose = true")) as here:
+            disk = here["one"]
+            await disk.write("write", 0, 512, b"a" * 512, False)
+            await disk.write("write", 0, 512, b"b" * 512, False)
+            assert bytes(await disk.read(0, 512)) == b"a" * 512
+            await here.play.heal({"uuid-one"}, permanent=True)
+            assert here.disks["one"].content[:512] == b"a" * 512
+
+    async def test_rotten_bits_made_permanent_stay(self, autojump_clock):
+        async with stage('[[rule]]\nmatch = { op = "read" }\ntrigger = { bits = 0.0001 }\naction = { flip = 1 }\n') as here:
+            disk = here["one"]
+            rotten = bytes(await disk.read(0, SIZE))
+            assert any(rotten)
+            await here.play.heal(None, permanent=True)
+            assert bytes(here.disks["one"].content) == rotten
+
+
+class TestPowerCut:
+    CUT = '[[rule]]\nname = "cut"\nmatch = {{ op = "write" }}\ntrigger = {{ nth = {nth} }}\naction = {{ power_cut = {{ keep = {keep} }} }}\n'
+
+    async def cut(self, here, disk):
+        with pytest.raises(Dropped):
+            await disk.write("write", 64 * KIB, 512, b"z" * 512, False)
+        await trio.sleep(1)
+        with pytest.raises(Dropped):
+            await disk.read(0, 512)
+
+    async def test_what_was_flushed_stays_and_the_rest_goes(self, autojump_clock):
+        async with stage(self.CUT.format(nth=4, keep='"none"')) as here:
+            disk = here["one"]
+            await disk.write("write", 0, 512, b"a" * 512, False)
+            await disk.flush()
+            await disk.write("write", 0, 512, b"b" * 512, False)
+            await disk.write("write", 4096, 512, b"c" * 512, True)
+            await self.cut(here, disk)
+            content = here.disks["one"].content
+            assert content[:512] == b"a" * 512 and content[4096 : 4096 + 512] == b"c" * 512, "flushed and FUA writes are kept"
+            assert not any(content[64 * KIB :])
+            here.play.remove_rule("cut")
+            assert bytes(await disk.read(0, 512)) == b"a" * 512, "power is back"
+
+    async def test_listed_writes_are_kept(self, autojump_clock):
+        async with stage(self.CUT.format(nth=4, keep="[1, 3]")) as here:
+            disk = here["one"]
+            for at, letter in ((0, b"a"), (0, b"b"), (256, b"c")):
+                await disk.write("write", at, 512, letter * 512, False)
+            await self.cut(here, disk)
+            assert here.disks["one"].content[:1024] == b"a" * 256 + b"c" * 512 + bytes(256)
+
+    async def test_a_client_whose_writes_are_stable_loses_none(self, autojump_clock):
+        text = '[profile.p]\ndurability = "each-write"\n' + self.CUT.format(nth=2, keep='"none"')
+        async with stage(text) as here:
+            disk = here["one"]
+            await disk.write("write", 0, 512, b"a" * 512, False)
+            assert here.disks["one"].flushes == 1
+            await self.cut(here, disk)
+            assert here.disks["one"].content[:512] == b"a" * 512
+
+    async def test_a_live_rule_remembers_writes_from_then_on(self, autojump_clock):
+        async with stage("") as here:
+            assert here["one"] is None
+            rule = {"match": {"op": ["flush"]}, "trigger": {"nth": 2}, "action": {"power_cut": {"keep": "none"}}}
+            assert here.play.add_rule(rule, "now")["rule"] == "now"
+            disk = here["one"]
+            await disk.write("write", 0, 512, b"a" * 512, False)
+            await disk.flush()
+            await disk.write("write", 0, 512, b"b" * 512, False)
+            with pytest.raises(Dropped):
+                await disk.flush()
+            await trio.sleep(1)
+            assert here.disks["one"].content[:512] == b"a" * 512
+
+
+async def test_live_rules_have_names_and_go(autojump_clock):
+    async with stage("") as here:
+        first = here.play.add_rule({"action": {"error": "EIO"}, "match": {"op": "read"}}, None)
+        assert first["rule"] == "live-1"
+        with pytest.raises(OSError):
+            await here["one"].read(0, 512)
+        assert here.play.remove_rule("live-1")["in_force_after"] == 1
+        assert here["one"] is None
+        with pytest.raises(NotFound):
+            here.play.remove_rule("live-1")
+
+
+async def test_a_replayed_trace_gives_its_times(autojump_clock, tmp_path):
+    (tmp_path / "t.csv").write_text(
+        "128166372003061629,h,0,Read,0,4096,50000\n128166372013061629,h,0,Read,4096,4096,70000\n"
+    )
+    text = '[[rule]]\n[rule.action.replay]\ntrace = "t.csv"\nformat = "msr"\nas = "latency"\nloop = true\n'
+    async with stage(text, directory=str(tmp_path)) as here:
+        times = [(await timed(here["one"].read(0, 4096)))[1] for _ in range(3)]
+        assert times == pytest.approx([0.005, 0.007, 0.005])
+
+
+async def test_a_trace_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(BadTrace, match="there is no file"):
+        async with stage('[[rule]]\n[rule.action.replay]\ntrace = "no.csv"\nas = "latency"\n', directory=str(tmp_path)):
+            raise AssertionError

@@ -1,0 +1,235 @@
+"""Scenarios and faults on a running daemon: over its API, with NBD clients at the other end."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import subprocess
+import threading
+import time
+
+import nbd
+import pytest
+from daemon_tools import Simsrd, short_directory
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def shared():
+    with short_directory() as folder:
+        simsrd = Simsrd(f"{folder}/r")
+        try:
+            simsrd.start()
+            assert simsrd.api.post("/v1/srs", json={"name": "s"}).status_code == 201
+            yield simsrd
+            assert simsrd.stop() == 0
+        finally:
+            simsrd.end()
+
+
+@pytest.fixture
+def api(shared):
+    yield shared.api
+    if shared.api.get("/v1/scenario").status_code == 200:
+        shared.api.delete("/v1/scenario")
+
+
+@pytest.fixture
+def vdi(api, request):
+    answer = api.post("/v1/vdis", json={"size_bytes": 4 * MIB, "name": request.node.name[:60]})
+    assert answer.status_code == 201, answer.text
+    return answer.json()
+
+
+@contextlib.contextmanager
+def connected(vdi):
+    handle = nbd.NBD()
+    handle.connect_uri(vdi["nbd_uri"])
+    try:
+        yield handle
+    finally:
+        with contextlib.suppress(nbd.Error):
+            handle.shutdown()
+
+
+def add(api, name=None, **rule):
+    answer = api.post("/v1/faults", json={"rule": rule, **({"name": name} if name else {})})
+    assert answer.status_code == 201, answer.text
+    return answer.json()
+
+
+def start(api, text, **more):
+    answer = api.post("/v1/scenario", json={"text": 'simsr = 1\nname = "test"\n' + text, **more})
+    assert answer.status_code == 201, answer.text
+    return answer.json()
+
+
+def test_a_fault_comes_and_goes_while_a_client_is_connected(api, vdi):
+    with connected(vdi) as client:
+        client.pwrite(b"a" * 4096, 0)
+        add(api, "broken", match={"op": "read", "vdi": vdi["uuid"]}, action={"error": "EIO"})
+        with pytest.raises(nbd.Error) as caught:
+            client.pread(4096, 0)
+        assert caught.value.errnum == errno.EIO
+        client.pwrite(b"b" * 4096, 4096)
+        (line,) = api.get("/v1/faults").json()
+        assert (line["rule"], line["hits"]) == ("broken", 1)
+        assert api.delete("/v1/faults/broken").status_code == 200
+        assert client.pread(8192, 0) == b"a" * 4096 + b"b" * 4096
+    assert api.get("/v1/faults").json() == []
+
+
+def test_requests_run_beside_one_that_hangs_and_it_goes_on_later(api, vdi):
+    with connected(vdi) as client:
+        add(api, "stuck", match={"op": "write", "range": "0..4KiB"}, action={"hang": "until-released"})
+        hanging = client.aio_pwrite(b"x" * 512, 0)
+        assert client.pread(512, 0) == bytes(512), "it has not been done yet"
+        client.pwrite(b"y" * 512, MIB)
+        deadline = time.monotonic() + 20
+        while api.get("/v1/scenario").json()["hung"] != 1:
+            assert time.monotonic() < deadline
+        api.delete("/v1/faults/stuck")
+        while not client.aio_command_completed(hanging):
+            client.poll(1000)
+        assert client.pread(512, 0) == b"x" * 512
+
+
+def test_a_disconnect(api, vdi):
+    add(api, match={"op": "flush", "vdi": vdi["uuid"]}, action={"disconnect": True})
+    with connected(vdi) as client:
+        client.pwrite(b"z" * 512, 0)
+        with pytest.raises(nbd.Error):
+            client.flush()
+    api.delete("/v1/scenario")
+    with connected(vdi) as client:
+        assert client.pread(512, 0) == b"z" * 512
+
+
+def test_large_writes_in_pieces_and_reads_of_every_kind(api, vdi):
+    data = bytes(range(256)) * (3 * MIB // 256)
+    with connected(vdi) as client:
+        add(api, match={"vdi": vdi["uuid"]}, action={"delay": "1ms"})
+        client.pwrite(data, 12345 - 12345 % 512)
+        assert client.pread(len(data), 12345 - 12345 % 512) == data
+        client.zero(4096, 65536)
+        client.trim(65536, 131072)
+        client.flush()
+        assert client.pread(4096, 65536) == bytes(4096)
+    api.delete("/v1/scenario")
+    with connected(vdi) as client:
+        assert client.pread(MIB, 2 * MIB) == data[2 * MIB - 12288 :][:MIB]
+
+
+def test_a_scenario_ends_in_the_middle_of_large_writes_and_nothing_is_lost(api, vdi):
+    """Pieces of a write that came under the scenario are written when the rest comes without it."""
+    stop = threading.Event()
+
+    def flicker():
+        while not stop.is_set():
+            start(api, '[[rule]]\naction = { delay = "100us" }\n')
+            api.delete("/v1/scenario")
+
+    other = threading.Thread(target=flicker)
+    other.start()
+    try:
+        with connected(vdi) as client:
+            for number in range(40):
+                data = bytes([number + 1]) * (4 * MIB)
+                client.pwrite(data, 0)
+                assert client.pread(4 * MIB, 0) == data, number
+    finally:
+        stop.set()
+        other.join()
+
+
+def test_a_power_cut_loses_what_was_not_flushed(api, vdi):
+    text = '[[rule]]\nmatch = { op = "write" }\ntrigger = { nth = 3 }\naction = { power_cut = { keep = "none" } }\n'
+    with connected(vdi) as client:
+        start(api, text)
+        client.pwrite(b"f" * 4096, 0)
+        client.flush()
+        client.pwrite(b"u" * 4096, 0)
+        with pytest.raises(nbd.Error):
+            client.pwrite(b"c" * 4096, 8192)
+    status = api.delete("/v1/scenario").json()
+    assert status["power_cuts"] == 1
+    with connected(vdi) as client:
+        assert client.pread(12288, 0) == b"f" * 4096 + bytes(8192)
+
+
+class TestControlPlane:
+    def test_operations_are_late_and_fail_with_the_fault_that_fits(self, api, vdi):
+        add(api, "full", match={"op": "snapshot"}, trigger={"nth": 1}, action={"error": "ENOSPC"})
+        answer = api.post(f"/v1/vdis/{vdi['uuid']}/snapshot")
+        assert answer.status_code == 409
+        error = answer.json()["error"]
+        assert (error["code"], error["sm_fault"]) == ("InjectedFault", 44)
+        assert not [one for one in api.get("/v1/vdis").json() if one["snapshot_of"] == vdi["uuid"]], "nothing was done"
+        assert api.post(f"/v1/vdis/{vdi['uuid']}/snapshot").status_code == 201
+
+    @pytest.mark.parametrize("step", ["before-log", "after-log", "after-swap", "before-ack"])
+    def test_the_daemon_dies_at_a_step_of_a_revert(self, step, root):
+        simsrd = Simsrd(root)
+        try:
+            api = simsrd.start().api
+            api.post("/v1/srs", json={"name": "s"})
+            disk = api.post("/v1/vdis", json={"size_bytes": MIB}).json()
+            with connected(disk) as client:
+                client.pwrite(b"o" * 4096, 0)
+            snapshot = api.post(f"/v1/vdis/{disk['uuid']}/snapshot").json()
+            with connected(disk) as client:
+                client.pwrite(b"n" * 4096, 0)
+                client.flush()
+            start(api, '[[rule]]\nmatch = { op = "revert" }\naction = { kill_daemon = "at-step" }\n', step=step)
+            with contextlib.suppress(Exception):
+                api.post(f"/v1/vdis/{snapshot['uuid']}/revert")
+            assert simsrd.process.wait(30) == -9
+            simsrd.end()
+            api = simsrd.start().api
+            with connected(disk) as client:
+                seen = client.pread(4096, 0)
+            assert seen == {"before-log": b"n", "before-ack": b"o"}.get(step, seen[:1]) * 4096
+            assert seen[:1] in (b"o", b"n") and seen == seen[:1] * 4096
+            simsrd.stop_cleanly()
+        finally:
+            simsrd.end()
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        "text, says",
+        [
+            ("simsr = 1\n", "name"),
+            ("nonsense", "not TOML"),
+            ('simsr = 1\nname = "x"\n[[rule]]\naction = { eror = "EIO" }\n', "error"),
+            ('simsr = 1\nname = "x"\n[[rule]]\n[rule.action.replay]\ntrace = "no"\nas = "latency"\n', "no scenario file"),
+        ],
+    )
+    def test_scenarios(self, api, text, says):
+        answer = api.post("/v1/scenario", json={"text": text})
+        assert answer.status_code == 400 and says in answer.text
+        assert api.get("/v1/scenario").status_code == 409, "nothing is in force"
+
+    def test_only_one_at_a_time(self, api):
+        start(api, "")
+        assert api.post("/v1/scenario", json={"text": 'simsr = 1\nname = "y"\n'}).json()["error"]["code"] == "ScenarioRunning"
+
+    def test_faults(self, api):
+        assert api.post("/v1/faults", json={"rule": {"action": {}}}).status_code == 400
+        assert api.get("/v1/scenario").status_code == 409
+        assert api.delete("/v1/faults/none").json()["error"]["code"] == "NoScenario"
+        add(api, "one", action={"delay": "1ms"})
+        assert api.delete("/v1/faults/two").status_code == 404
+        assert api.post("/v1/faults", json={"rule": {"action": {"delay": "1ms"}}, "name": "one"}).status_code == 400
+
+
+def test_the_dead_man_lets_go_when_who_holds_the_scenario_is_gone(api, vdi, shared):
+    start(api, '[[rule]]\nmatch = { op = "read" }\naction = { hang = true }\n')
+    command = ["curl", "-sN", "--unix-socket", shared.socket, "-X", "POST", "http://simsrd/v1/scenario/hold"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as held, connected(vdi) as client:
+        held.stdout.readline()
+        hanging = client.aio_pread(nbd.Buffer(512), 0)
+        held.kill()
+        while not client.aio_command_completed(hanging):
+            assert client.poll(30_000) >= 0
