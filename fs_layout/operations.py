@@ -299,6 +299,8 @@ class Operations(pyfuse3.Operations):
             size = min(size, opened.file.size_bytes - offset, REQUEST_BYTES_MAX)
             if size <= 0:
                 return b""
+            if (scripted := opened.disk.scripted) is not None:
+                return await self._wait(opened.number, scripted.read, offset, size)
             # One buffer for all: pyfuse3 has sent it before anything else can run.
             view = self._buffer[:size]
             if not opened.disk.read([(offset, view)]):
@@ -319,6 +321,9 @@ class Operations(pyfuse3.Operations):
             size = min(size, opened.file.size_bytes - offset)
             if size <= 0:
                 raise pyfuse3.FUSEError(errno.ENOSPC)  # as a block device says at its end
+            if (scripted := opened.disk.scripted) is not None:
+                await self._wait(opened.number, scripted.write, "write", offset, size, data[:size], opened.synchronous)
+                return size
             batch = [(offset, size, memoryview(data)[:size])]
             if not opened.disk.write(batch):
                 await self._wait(opened.number, opened.disk.write_rest, batch, 0)
@@ -339,7 +344,9 @@ class Operations(pyfuse3.Operations):
             await self._flush(opened)
 
     async def _flush(self, opened: _Open) -> None:
-        if not opened.disk.is_durable():
+        if (scripted := opened.disk.scripted) is not None:
+            await self._wait(opened.number, scripted.flush)
+        elif not opened.disk.is_durable():
             await self._wait(opened.number, _flushed, opened.disk)
 
     flush = _refusing(errno.ENOSYS)  # nothing to do at close; the kernel does not ask again

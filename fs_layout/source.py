@@ -44,8 +44,26 @@ class Folder(Protocol):
         """Everything about it, as the API tells it."""
 
 
+class Scripted(Protocol):
+    """A disk that a scenario is in force on. Every method may wait as long as the scenario says."""
+
+    async def read(self, offset: int, length: int) -> bytearray:
+        """The data of a range."""
+
+    async def write(self, op: str, offset: int, length: int, payload: bytes, fua: bool) -> None:
+        """``op``: "write"."""
+
+    async def flush(self) -> None:
+        """Make every write answered so far durable."""
+
+
 class Disk(Protocol):
-    """One attached disk. Methods that are not async never wait; ranges are inside the disk. Errors as in `Source`."""
+    """One attached disk. Methods that are not async never wait; ranges are inside the disk. Errors as in `Source`.
+
+    ``scripted``: what to ask instead while a scenario is in force on the disk; it may come and go at any time.
+    """
+
+    scripted: Scripted | None
 
     def read(self, batch: Sequence[tuple[int, memoryview]]) -> list[int]:
         """Fill the views from memory; returns the indices of those that would have to wait for a disk."""

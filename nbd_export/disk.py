@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -21,7 +22,10 @@ def is_answer(error: Exception) -> bool:
 
 
 class Dropped(Exception):
-    """The client's connection is to be dropped; with ``error``, behind an answer with that."""
+    """The client's connection is to be dropped; with ``error``, behind an answer with that. Where there is no connection to drop, it is
+    an error like others."""
+
+    nbd_errno = errno.ESHUTDOWN
 
     def __init__(self, error: Exception | None = None) -> None:
         super().__init__("dropped by a scenario")

@@ -177,10 +177,14 @@ class Overlay:
         """A snapshot was taken: its data are damaged as the disk's are now."""
         self._snapshots[name] = self.data.frozen()
 
+    def take_over(self, layer: Layer | None) -> None:
+        """The disk has got the data of another, with the damage that sticks to them; None: they are undamaged."""
+        self.data.become(layer or Layer(self.data.key))
+        self._forget_history()
+
     def revert(self, name: str) -> None:
         """The disk went back to a snapshot. A snapshot from before there was an overlay is undamaged."""
-        self.data.become(self._snapshots.get(name) or Layer(self.data.key))
-        self._forget_history()
+        self.take_over(self._snapshots.get(name))
 
     def forget(self, name: str) -> None:
         """The snapshot was deleted."""

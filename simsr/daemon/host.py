@@ -25,6 +25,7 @@ import uuid as uuid_module
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 from urllib.parse import quote
 
@@ -158,6 +159,7 @@ class Host:
 
     async def _mount(self, store: Store) -> Mounted:
         repository = Repository(store, _now, _new_uuid)
+        store.observer = partial(self.theatre.committed, repository.uuid)
         mounted = Mounted(repository, Engine(store, self.mounts.replaced), trio.CancelScope(), trio.Event())
         await self._nursery.start(self._serve_engine, mounted)
         self.mounted[repository.uuid] = mounted

@@ -112,7 +112,14 @@ class Mounts:
         mounted, vdi = self._host.find_vdi(uuid)
         key = object()
         mounted.repository.attach(vdi, key, client, writable, FUSE_CACHED if cached else FUSE)
-        return Disk(mounted.engine, vdi.volume, lambda: mounted.repository.detach(vdi, key))
+
+        def on_detach() -> None:
+            self._host.theatre.detach(disk)
+            mounted.repository.detach(vdi, key)
+
+        disk = Disk(mounted.engine, vdi.volume, on_detach)
+        self._host.theatre.attach(vdi, disk)
+        return disk
 
     async def resize(self, uuid: str, size_bytes: int) -> None:
         mounted, vdi = self._host.find_vdi(uuid)

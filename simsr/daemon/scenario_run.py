@@ -21,6 +21,7 @@ from scenarios.disk import DiskRules
 from scenarios.draws import Draws
 from scenarios.engine import Engine
 from scenarios.loader import load_rule
+from scenarios.overlay import Layer
 from scenarios.request import Order
 from scenarios.schema import Scenario
 from scenarios.write_cache import WriteCache
@@ -29,6 +30,7 @@ from simsr.daemon.engine import Disk
 from simsr.daemon.scripted import ScriptedDisk, UnderWay
 from simsr.daemon.trace_files import TraceFiles
 from simsr.sr.vdi import Vdi
+from simsr.store.store import Create, Delete, Op, Reset, Resize
 
 __all__ = ["ScenarioRun", "NOTES_MAX"]
 
@@ -60,6 +62,7 @@ class ScenarioRun:
         self.alarm, self._make_disk, self._files = alarm, make_disk, files
         self._under_way: set[UnderWay] = set()
         self._vdis: dict[str, _Attached] = {}
+        self._layers: dict[tuple[str, int], Layer] = {}  # (SR, volume) -> the damage of data of volumes that are not in _vdis
         self._changed = trio.Event()
         self._cuts: list[Order] = []
         self.notes: list[dict[str, Any]] = []
@@ -81,6 +84,8 @@ class ScenarioRun:
             each_write = self._durability.get(self.engine.profile_name(rules) or "") == "each-write"
             attached = self._vdis[vdi.uuid] = _Attached(vdi, rules, each_write)
             attached.cache.keeps = self._keeps
+            if layer := self._layers.pop((vdi.sr, vdi.volume.ident), None):
+                rules.overlay.take_over(layer)
         if attached.rules.size_bytes != vdi.size_bytes:
             attached.rules.resize(vdi.size_bytes)
         return attached
@@ -112,18 +117,40 @@ class ScenarioRun:
         for attached in self._vdis.values():
             self._script(attached)
 
-    # What happens to VDIs in the meantime.
+    # What happens to volumes in the meantime.
 
-    def snapshot_taken(self, vdi: Vdi, snapshot: Vdi) -> None:
-        if attached := self._vdis.get(vdi.uuid):
-            attached.rules.overlay.snapshot(snapshot.uuid)
+    def committed(self, sr: str, ops: list[Op]) -> None:
+        """Damage that sticks to data goes where the data go: into snapshots and clones, and back with a revert."""
+        for op in ops:
+            match op:
+                case Create(ident, _, _, source) if source is not None:
+                    if (layer := self._layer(sr, source)) is not None:
+                        self._layers[sr, ident] = layer.frozen()
+                case Reset(ident, source):
+                    self._reset(sr, ident, self._layer(sr, source))
+                case Resize(ident, size_bytes):
+                    if attached := self._attached(sr, ident):
+                        attached.rules.resize(size_bytes)
+                case Delete(ident):
+                    self._layers.pop((sr, ident), None)
 
-    def reverted(self, vdi: Vdi, snapshot: Vdi) -> None:
-        if attached := self._vdis.get(vdi.uuid):
-            attached.rules.overlay.revert(snapshot.uuid)
-            attached.rules.resize(vdi.size_bytes)
+    def _attached(self, sr: str, ident: int) -> _Attached | None:
+        return next((one for one in self._vdis.values() if one.vdi.sr == sr and one.vdi.volume.ident == ident), None)
+
+    def _layer(self, sr: str, ident: int) -> Layer | None:
+        attached = self._attached(sr, ident)
+        return attached.rules.overlay.data if attached else self._layers.get((sr, ident))
+
+    def _reset(self, sr: str, ident: int, layer: Layer | None) -> None:
+        if attached := self._attached(sr, ident):
+            attached.rules.overlay.take_over(layer)
+            attached.rules.resize(attached.vdi.size_bytes)
             attached.cache.clear()
             self._script(attached)
+        elif layer is not None:
+            self._layers[sr, ident] = layer.frozen()
+        else:
+            self._layers.pop((sr, ident), None)
 
     # The run.
 

@@ -24,6 +24,7 @@ from simsr.daemon.scenario_run import ScenarioRun
 from simsr.daemon.trace_files import TraceFiles
 from simsr.errors import InjectedFault, NoScenario, ScenarioRunning
 from simsr.sr.vdi import Vdi
+from simsr.store.store import Op
 
 __all__ = ["Theatre", "STEPS"]
 
@@ -62,6 +63,11 @@ class Theatre:
         vdi = self._disks.pop(disk)
         if self.play is not None:
             self.play.detach(vdi, disk)
+
+    def committed(self, sr: str, ops: list[Op]) -> None:
+        """The store of an SR has made, reset or deleted volumes."""
+        if self.play is not None:
+            self.play.committed(sr, ops)
 
     # Scenarios.
 

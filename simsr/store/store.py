@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import uuid as uuid_module
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -114,12 +114,12 @@ class Store:
         self.volumes: dict[int, Volume] = {}
         self.recovered = {"records_replayed": 0, "records_dropped": 0}
         self._next_ident = 1
-        self._generation = 0
         self._changed: set[int] = set()  # volumes that differ from the last checkpoint
+        self.observer: Callable[[list[Op]], None] = lambda ops: None  # told of every commit, after it; must not raise
         self.replaced: set[int] = set()  # volumes with other content, or size, than before; who keeps copies takes them from here
         self._deleted: list[int] = []
         self._table_file = self._table_bytes = self._table_crc = 0
-        self._table_bytes_first = 0  # what the first checkpoint of the table file wrote
+        self._table_bytes_first, self._generation = 0, 0  # what the first checkpoint of the table file wrote; the last checkpoint
         self._garbage_maps: list[int] = []
         self._garbage_tables: list[int] = []
         self.cleaner = Cleaner(self)
@@ -366,6 +366,7 @@ class Store:
         self.log.append(layout.COMMIT, 0, payload)
         self._apply(ops)
         self.replaced.update(op.ident for op in ops if isinstance(op, Reset | Resize))
+        self.observer(ops)
 
     def _check_ops(self, ops: list[Op]) -> None:
         """Refuse what does not make sense: once it was in the log, replay would fail, and the store never open again."""

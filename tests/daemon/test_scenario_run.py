@@ -16,6 +16,7 @@ from simsr.daemon.alarm import Alarm
 from simsr.daemon.scenario_run import ScenarioRun
 from simsr.daemon.trace_files import TraceFiles
 from simsr.errors import BadTrace, NotFound
+from simsr.store.store import Create, Reset
 
 KIB = 1024
 SIZE = 1 << 20
@@ -70,7 +71,12 @@ class Stage:
 
 @asynccontextmanager
 async def stage(text, names=("one",), directory=None, seed=None):
-    vdis = {name: SimpleNamespace(uuid=f"uuid-{name}", name=name, size_bytes=SIZE, volume=SimpleNamespace(meta={"sm_config": {}})) for name in names}
+    vdis = {
+        name: SimpleNamespace(
+            uuid=f"uuid-{name}", sr="sr", name=name, size_bytes=SIZE, volume=SimpleNamespace(ident=number, meta={"sm_config": {}})
+        )
+        for number, name in enumerate(names, 1)
+    }
     disks = {name: RamDisk(bytearray(SIZE)) for name in names}
     files = TraceFiles(directory)
     scenario = load('simsr = 1\nname = "test"\n' + text, "test.toml", files.times)
@@ -204,6 +210,51 @@ class TestDamage:
             assert any(rotten)
             await here.play.heal(None, permanent=True)
             assert bytes(here.disks["one"].content) == rotten
+
+
+class TestDamageAndHistory:
+    TORN = rule('op = "write"', "nth = 2", "lose = true")
+
+    async def damaged(self, here, letters=b"ab"):
+        for letter in letters:
+            await here["one"].write("write", 0, 512, bytes([letter]) * 512, False)
+        return bytes(await here["one"].read(0, 1))
+
+    async def test_it_goes_into_a_snapshot_and_comes_back_with_a_revert(self, autojump_clock):
+        async with stage(self.TORN) as here:
+            assert await self.damaged(here) == b"a", "the second write is lost"
+            here.play.committed("sr", [Create(7, SIZE, {}, 1)])
+            await here["one"].write("write", 0, 512, b"c" * 512, False)
+            assert bytes(await here["one"].read(0, 1)) == b"c"
+            here.disks["one"].content[:512] = b"b" * 512
+            here.play.committed("sr", [Reset(1, 7)])
+            assert bytes(await here["one"].read(0, 1)) == b"a", "what the snapshot looked like"
+
+    async def test_a_revert_to_a_snapshot_that_was_good_heals(self, autojump_clock):
+        async with stage(self.TORN) as here:
+            here.play.committed("sr", [Create(7, SIZE, {}, 1)])
+            assert await self.damaged(here) == b"a"
+            here.play.committed("sr", [Reset(1, 7)])
+            assert bytes(await here["one"].read(0, 1)) == b"b", "nothing covers the store any more"
+
+    async def test_what_sticks_to_the_device_stays(self, autojump_clock):
+        async with stage(self.TORN.replace("[[rule]]", '[[rule]]\nsticks_to = "device"')) as here:
+            here.play.committed("sr", [Create(7, SIZE, {}, 1)])
+            assert await self.damaged(here) == b"a"
+            here.play.committed("sr", [Reset(1, 7)])
+            assert bytes(await here["one"].read(0, 1)) == b"a"
+
+    async def test_a_clone_of_a_snapshot_has_the_damage_of_its_data(self, autojump_clock):
+        async with stage(self.TORN) as here:
+            assert await self.damaged(here) == b"a"
+            here.play.committed("sr", [Create(7, SIZE, {}, 1), Create(8, SIZE, {}, 7)])
+            content = bytearray(here.disks["one"].content)
+            clone = SimpleNamespace(
+                uuid="uuid-8", sr="sr", name="eight", size_bytes=SIZE, volume=SimpleNamespace(ident=8, meta={"sm_config": {}})
+            )
+            here.play.attach(clone, disk := RamDisk(content))
+            assert bytes(await disk.scripted.read(0, 1)) == b"a"
+            here.play.detach(clone, disk)
 
 
 class TestPowerCut:

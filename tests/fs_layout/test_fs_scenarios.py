@@ -1,0 +1,57 @@
+"""A scenario in force on files of a mount."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+
+import pytest
+from fuse_kit import eventually
+
+
+@pytest.fixture
+def faults(direct):
+    yield lambda name, **rule: direct.post("/v1/faults", rule=rule, name=name)
+    if direct.get("/v1/faults"):
+        direct.delete("/v1/scenario")
+
+
+def test_errors_that_nbd_cannot_carry_reach_the_reader(direct, faults):
+    vdi, path = direct.disk("broken")
+    fd = os.open(path, os.O_RDWR)
+    try:
+        assert os.pread(fd, 4096, 0) == bytes(4096)
+        faults("remote", match={"vdi": vdi["uuid"], "op": "read"}, action={"error": "EREMOTEIO"})
+        with pytest.raises(OSError) as caught:
+            os.pread(fd, 4096, 0)
+        assert caught.value.errno == errno.EREMOTEIO
+        assert os.pwrite(fd, b"w" * 4096, 0) == 4096
+        direct.delete("/v1/faults/remote")
+        assert os.pread(fd, 4096, 0) == b"w" * 4096
+    finally:
+        os.close(fd)
+
+
+def test_a_disk_that_hangs_holds_up_no_other_and_no_listing(direct, faults):
+    stuck, stuck_path = direct.disk("stuck")
+    _, free_path = direct.disk("free")
+    faults("hang", match={"vdi": stuck["uuid"], "op": "read"}, action={"hang": True})
+    read: list[bytes] = []
+
+    def reader():
+        with open(stuck_path, "rb", buffering=0) as file:
+            read.append(file.read(4096))
+
+    threads = [threading.Thread(target=reader) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    eventually(lambda: direct.get("/v1/scenario")["hung"] == 3)
+    with open(free_path, "rb", buffering=0) as file:
+        assert file.read(4096) == bytes(4096)
+    assert os.path.basename(stuck_path) in os.listdir(os.path.dirname(stuck_path)) and os.stat(stuck_path).st_size
+    assert not read
+    direct.delete("/v1/faults/hang")
+    for thread in threads:
+        thread.join(30)
+    assert read == [bytes(4096)] * 3
