@@ -264,7 +264,7 @@ class Connection:
             elif command == c.NBD_CMD_FLUSH and not flags:
                 flushes.append(request)
             elif command == c.NBD_CMD_DISC:
-                going_on = False
+                going_on, self._disk.in_order = False, True
                 break
             elif problem := self._problem(request):
                 if request.final:

@@ -59,6 +59,7 @@ class Disk(Protocol):
     size_bytes: int
     terms: Terms
     scripted: Scripted | None
+    in_order: bool  # set by the connection when the client says that it is done
 
     def read(self, batch: Sequence[tuple[int, memoryview]]) -> list[int]:
         """Fill the views from memory; returns the indices of those that would have to wait for a disk."""

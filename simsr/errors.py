@@ -32,6 +32,7 @@ __all__ = [
     "TipExpired",
     "NothingToUndo",
     "GroupChanged",
+    "WouldLose",
     "Unsupported",
     "NoSpace",
     "WrongKind",
@@ -255,6 +256,17 @@ class GroupChanged(SimsrError):
     xenapi_code = "SR_BACKEND_FAILURE_1"
     http_status = 409
     hint = "Look at the disks again ('simsr tree'), then repeat it, or change them one by one."
+
+
+class WouldLose(SimsrError):
+    """{operation} of VDI {uuid} would lose {what}"""
+
+    exit_code = 59
+    nbd_errno = errno.EPERM
+    sm_fault = 1
+    xenapi_code = "SR_BACKEND_FAILURE_1"
+    http_status = 409
+    hint = "See what with --dry-run; then say --yes."
 
 
 class Unsupported(SimsrError):

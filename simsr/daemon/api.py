@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from simsr import __version__
 from simsr.daemon.answers import error_answer
+from simsr.daemon.api_history import history_router
 from simsr.daemon.api_mounts import mounts_router
 from simsr.daemon.api_nbd import nbd_router
 from simsr.daemon.api_personality import personality_router
@@ -33,8 +34,8 @@ from simsr.daemon.api_xapi import xapi_router
 from simsr.daemon.host import Host, Mounted
 from simsr.daemon.listeners import nbd_uri
 from simsr.daemon.walks import Walks
-from simsr.errors import BadRequest, NotFound, SimsrError, SrExists, VdiExists
-from simsr.sr.repository import SM_CONFIG_MAX, check_sm_config, check_uuid
+from simsr.errors import BadRequest, NotFound, SimsrError, SrExists
+from simsr.sr.repository import SM_CONFIG_MAX, check_sm_config
 from simsr.sr.space import LIMIT_MIN_BYTES
 from simsr.sr.vdi import Vdi
 
@@ -77,6 +78,9 @@ class SrUpdate(Body):
     description: Text | None = None
     sm_config: dict[str, str] | None = None
     verify_reads: bool | None = None
+    tips_max: Annotated[int, Field(description="tips that a disk keeps; 0: none")] | None = None
+    tips_hours: Annotated[int, Field(description="for how long they are kept; 0: not at all")] | None = None
+    expose_tips: Annotated[bool, Field(description="list tips with the snapshots")] | None = None
 
 
 class VdiCreate(Body):
@@ -102,19 +106,8 @@ class VdiUpdate(Body):
     on_boot: Annotated[str, Field(pattern="^(persist|reset)$", description="reset: every start of a VM goes back to the content of now")] | None = None
 
 
-class Descend(Body):
-    name: Text | None = None
-    description: Text | None = None
-    uuid: Text | None = None
-    sm_config: dict[str, str] | None = None
-
-
 class Resize(Body):
     size_bytes: SizeBytes
-
-
-class Revert(Body):
-    target: Text | None = Field(None, description="uuid of the disk, if not the one the snapshot was taken of")
 
 
 class Attach(Body):
@@ -135,6 +128,10 @@ class SrOut(BaseModel):
     limit_bytes: int | None
     personality: str
     verify_reads: bool = Field(description="whether reads from memory are verified; those from the disk always are")
+    tips_max: int
+    tips_hours: int
+    expose_tips: bool
+    tip_count: int
     physical_size_bytes: int
     physical_utilisation_bytes: int
     virtual_allocation_bytes: int
@@ -160,6 +157,7 @@ class VdiOut(BaseModel):
     size_bytes: int
     physical_utilisation_bytes: int
     is_a_snapshot: bool
+    is_a_tip: bool = Field(description="what a disk was when it was reverted, kept for a time; looks like a snapshot")
     snapshot_of: str | None
     family: str = Field(description="uuid of the VDI that it descends from, by snapshots and clones; maybe its own")
     snapshot_time: str | None
@@ -173,12 +171,6 @@ class VdiOut(BaseModel):
     attached: list[AttachmentOut]
     nbd_uri: str
     nbd_socket: str
-
-
-class RevertOut(BaseModel):
-    vdi: VdiOut
-    changed: bool
-    size_changed: bool
 
 
 class AttachOut(BaseModel):
@@ -225,12 +217,12 @@ def make_app(host: Host, control_socket: str | None, nbd_tcp: str | None, https:
     _add_daemon_routes(app, host, control_socket, nbd_tcp, https)
     _add_sr_routes(app, host)
     _add_vdi_routes(app, host)
-    _add_history_routes(app, host)
     app.include_router(nbd_router(host))
     app.include_router(scrub_router(host))
     app.include_router(scenario_router(host))
     walks = Walks(host)
     app.include_router(space_router(host, walks))
+    app.include_router(history_router(host, walks, VdiOut, _describe_vdi))
     app.include_router(xapi_router(host, walks, VdiOut, _describe_vdi))
     app.include_router(personality_router())
     app.include_router(mounts_router(host))
@@ -348,22 +340,16 @@ def _add_sr_routes(app: FastAPI, host: Host) -> None:
         _timed(response, began)
 
 
-def _refuse_taken(host: Host, uuid: str | None) -> None:
-    """A uuid names a VDI (and its NBD export) in all SRs of the daemon, not only in its own. Raises `VdiExists`."""
-    if uuid is not None and any(check_uuid(uuid) in mounted.repository.vdis for mounted in host.mounted.values()):
-        raise VdiExists(uuid=check_uuid(uuid))
-
-
 def _describe_vdi(host: Host, vdi: Vdi) -> dict:
     return {**vdi.describe(), "nbd_uri": nbd_uri(host, vdi), "nbd_socket": host.socket_of(vdi)}
 
 
 def _add_vdi_routes(app: FastAPI, host: Host) -> None:
     @app.get("/v1/vdis", response_model=list[VdiOut])
-    async def list_vdis(sr: str | None = None) -> Response:
-        """All VDIs, snapshots included, of one SR or of all."""
-        vdis = host.find_sr(sr).repository.vdis.values() if sr is not None else host.all_vdis()
-        lines = [_describe_vdi(host, vdi) for vdi in vdis]
+    async def list_vdis(sr: str | None = None, tips: bool | None = None) -> Response:
+        """All VDIs, snapshots included, of one SR or of all; with tips if asked for, or if the SR is set so."""
+        wanted = [host.find_sr(sr)] if sr is not None else host.mounted.values()
+        lines = [_describe_vdi(host, vdi) for mounted in wanted for vdi in host.listed(mounted, tips)]
         return Response(json.dumps(lines), media_type="application/json")
 
     @app.post("/v1/vdis", response_model=VdiOut, status_code=201)
@@ -371,7 +357,6 @@ def _add_vdi_routes(app: FastAPI, host: Host) -> None:
         """Make an empty disk."""
         began = trio.current_time()
         mounted = host.find_sr(body.sr)
-        _refuse_taken(host, body.uuid)
         host.refuse_known(body.uuid)
         vdi = mounted.repository.create(**body.model_dump(exclude={"sr"}))
         host.added(vdi)
@@ -426,45 +411,3 @@ def _add_vdi_routes(app: FastAPI, host: Host) -> None:
         """End what attach began; no error if nothing is attached."""
         mounted, found = host.find_vdi(vdi)
         host.detach_host(mounted, found, body.client)
-
-
-def _add_history_routes(app: FastAPI, host: Host) -> None:
-    @app.post("/v1/vdis/{vdi}/snapshot", response_model=VdiOut, status_code=201)
-    async def snapshot(vdi: Reference, response: Response, body: Descend | None = None) -> dict:
-        """Keep the content of a VDI as it is now, attached or not."""
-        began = trio.current_time()
-        mounted, found = host.find_vdi(vdi)
-        _refuse_taken(host, body.uuid if body else None)
-        host.refuse_known(body.uuid if body else None)
-        new = mounted.repository.snapshot(found, **(body.model_dump() if body else {}))
-        await mounted.engine.flush()
-        _timed(response, began)
-        return _describe_vdi(host, new)
-
-    @app.post("/v1/vdis/{vdi}/clone", response_model=VdiOut, status_code=201)
-    async def clone(vdi: Reference, response: Response, body: Descend | None = None) -> dict:
-        """Make a disk with the content of a VDI."""
-        began = trio.current_time()
-        mounted, found = host.find_vdi(vdi)
-        _refuse_taken(host, body.uuid if body else None)
-        host.refuse_known(body.uuid if body else None)
-        new = mounted.repository.clone(found, **(body.model_dump() if body else {}))
-        host.added(new)
-        await mounted.engine.flush()
-        _timed(response, began)
-        return _describe_vdi(host, new)
-
-    @app.post("/v1/vdis/{vdi}/revert", response_model=RevertOut)
-    async def revert(vdi: Reference, response: Response, body: Revert | None = None) -> dict:
-        """Take the disk of this snapshot back to it; its uuid, location and name stay."""
-        began = trio.current_time()
-        mounted, snapshot = host.find_vdi(vdi)
-        target = body.target if body else None
-        disk = mounted.repository.vdis.get((target or snapshot.snapshot_of or "").lower(), snapshot)
-        result = await host.when_unused(disk, lambda: mounted.repository.revert(snapshot, target))
-        await mounted.engine.flush()
-        mounted.engine.wake()
-        _timed(response, began)
-        return {
-            "vdi": _describe_vdi(host, result.vdi), "changed": result.changed, "size_changed": result.size_changed,
-        }  # fmt: skip

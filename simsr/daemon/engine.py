@@ -25,6 +25,7 @@ from outcome import Outcome
 
 from nbd_export.disk import Scripted
 from nbd_export.limits import Terms
+from simsr.daemon.gate import Gate, Gated
 from simsr.daemon.upkeep import Upkeep
 from simsr.errors import SimsrError, StoreStopped
 from simsr.store.log import KEEP_FOR_WRITES, FlushJob
@@ -66,6 +67,9 @@ class Engine:
         store.log.on_roll = self.wake
         self.on_flush: Callable[[], None] | None = None
         """Called before a change is made durable, once: where a scenario has the daemon die."""
+        self.disks: dict[Volume, set[Disk]] = {}  # those that are attached now
+        self.gates: dict[Volume, Gate] = {}  # those that are closed now
+        self.give_up: Callable[[], bool] = lambda: False  # lets go of something that is kept while there is room; whether it did
         self.flush_waits = self.cold_reads = self.room_waits = 0
 
     # Flushing.
@@ -76,6 +80,12 @@ class Engine:
         return log_.durable_seq >= log_.flush_needed_seq and log_.failure is None
 
     async def flush(self) -> None:
+        """Make everything written before this call durable, and have nobody see what was replaced. Raises `StoreStopped`."""
+        await self.durable()
+        if self.store.replaced or self._telling.locked():
+            await self._tell_replaced()
+
+    async def durable(self) -> None:
         """Make everything written before this call durable. Raises `StoreStopped`."""
         if self.on_flush is not None:
             self.on_flush()
@@ -90,8 +100,6 @@ class Engine:
         await ended.wait()
         if errors[0] is not None:
             raise errors[0]
-        if self.store.replaced or self._telling.locked():
-            await self._tell_replaced()
 
     async def _tell_replaced(self) -> None:
         async with self._telling:
@@ -201,7 +209,10 @@ class Engine:
             while not self.has_room(blocks):
                 self.store.log.raise_if_stopped()
                 if not self.upkeep.reclaiming and (reason := self.upkeep.why_no_space()):
-                    raise reason
+                    if not self.give_up():
+                        raise reason
+                    self.wake()
+                    continue
                 self.room_waits += 1
                 await self.room_changed.wait()
 
@@ -209,19 +220,41 @@ class Engine:
         return {"flush_waits": self.flush_waits, "cold_reads": self.cold_reads, "room_waits": self.room_waits}
 
 
-class Disk:
+class Disk(Gated):
     """An attached volume (`nbd_export.disk.Disk`)."""
 
     def __init__(
-        self, engine: Engine, volume: Volume, on_detach: Callable[[], None], terms: Terms | None = None, changed: Changed | None = None
-    ) -> None:
-        self._engine, self._volume, self._on_detach = engine, volume, on_detach
+        self, engine: Engine, volume: Volume, on_detach: Callable[[], None], terms: Terms | None = None, changed: Changed | None = None,
+        on_write: Callable[[], None] | None = None,
+    ) -> None:  # fmt: skip
+        """``on_write`` is called before the first write, and before the first one after a gate was closed."""
+        super().__init__()
+        self._engine, self._volume, self._on_detach, self._on_write = engine, volume, on_detach, on_write
+        self.in_order = False
         self.terms = terms or Terms()
         self.changed = changed
         self.scripted: Scripted | None = None
         self.read = volume.read
         self.flush_soon = engine.flush_soon
         self.is_durable = engine.is_durable
+        if on_write is not None:
+            self.write = self._first_write
+        engine.disks.setdefault(volume, set()).add(self)
+        if gate := engine.gates.get(volume):
+            gate.close([self])
+
+    def open_gate(self) -> None:
+        super().open_gate()
+        if self._on_write is not None:
+            self.write = self._first_write
+
+    def _first_write(self, batch: Sequence[Write]) -> int:
+        self._about_to_write()
+        return self.write(batch)
+
+    def _about_to_write(self) -> None:
+        if vars(self).pop("write", None) is not None:
+            self._on_write()
 
     @property
     def size_bytes(self) -> int:
@@ -229,6 +262,13 @@ class Disk:
 
     async def read_cold(self, batch: Sequence[tuple[int, memoryview]]) -> list[Exception | None]:
         """Fill the views, waiting for the disk; for each what went wrong, or None. One job for all of them."""
+        try:
+            async with self._passing():
+                return await self._read_cold(batch)
+        except OSError as error:  # of the gate
+            return [error] * len(batch)
+
+    async def _read_cold(self, batch: Sequence[tuple[int, memoryview]]) -> list[Exception | None]:
         self._engine.cold_reads += len(batch)
         errors: list[Exception | None] = [None] * len(batch)
         jobs: list[tuple[int, ReadJob]] = []
@@ -255,7 +295,8 @@ class Disk:
         return errors
 
     async def allocation_cold(self, offset: int, length: int, extents_max: int) -> list[tuple[int, bool]]:
-        return await self._engine.paged(partial(self._volume.allocation, offset, length, extents_max))
+        async with self._passing():
+            return await self._engine.paged(partial(self._volume.allocation, offset, length, extents_max))
 
     def allocation(self, offset: int, length: int, extents_max: int) -> list[tuple[int, bool]]:
         try:
@@ -280,6 +321,11 @@ class Disk:
         return self._volume.write(batch)
 
     async def write_rest(self, batch: Sequence[Write], start: int) -> None:
+        async with self._passing():
+            self._about_to_write()
+            await self._write_rest(batch, start)
+
+    async def _write_rest(self, batch: Sequence[Write], start: int) -> None:
         fetched: Fetched = {}
         engine = self._engine
         self._volume.modified_ns = time_ns()
@@ -300,4 +346,8 @@ class Disk:
                     job.release()
 
     def detach(self) -> None:
+        disks = self._engine.disks[self._volume]
+        disks.discard(self)
+        if not disks:
+            del self._engine.disks[self._volume]
         self._on_detach()

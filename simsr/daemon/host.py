@@ -26,7 +26,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
+from itertools import chain
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import trio
@@ -36,7 +37,8 @@ from simsr.daemon.engine import Disk, Engine
 from simsr.daemon.mounts import Mounts
 from simsr.daemon.nbd_offer import NbdExports
 from simsr.daemon.theatre import Theatre
-from simsr.errors import Ambiguous, BadRequest, SimsrError, SrExists, StoreLocked, UnknownPersonality, VdiExists, VdiInUse
+from simsr.errors import Ambiguous, BadRequest, NoSpace, SimsrError, SrExists, StoreLocked
+from simsr.errors import StoreStopped, UnknownPersonality, VdiExists, VdiInUse
 from simsr.personalities import find_personality
 from simsr.sr.lookup import resolve
 from simsr.sr.repository import Repository, check_text, check_uuid
@@ -49,6 +51,11 @@ from simsr.store.store import Store
 __all__ = ["Host", "Mounted"]
 
 log = logging.getLogger("simsr.host")
+
+_Result = TypeVar("_Result")
+
+TIPS_PERIOD_S = 60
+"""How often tips are looked at that may have become too old."""
 
 DETACH_GRACE_S = 0.5
 """How long an operation that needs a VDI unused waits for connections that are about to end: a client that has just closed its
@@ -161,6 +168,7 @@ class Host:
         repository = Repository(store, _now, _new_uuid)
         store.observer = partial(self.theatre.committed, repository.uuid)
         mounted = Mounted(repository, Engine(store, self.mounts.replaced), trio.CancelScope(), trio.Event())
+        mounted.engine.give_up = repository.keeper.give_up_oldest
         await self._nursery.start(self._serve_engine, mounted)
         self.mounted[repository.uuid] = mounted
         for vdi in repository.vdis.values():
@@ -172,9 +180,21 @@ class Host:
     async def _serve_engine(mounted: Mounted, task_status: trio.TaskStatus) -> None:
         try:
             with mounted.scope:
-                await mounted.engine.run(task_status)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(Host._expire_tips, mounted)
+                    await mounted.engine.run(task_status)
         finally:
             mounted.stopped.set()
+
+    @staticmethod
+    async def _expire_tips(mounted: Mounted) -> None:
+        while True:
+            await trio.sleep(TIPS_PERIOD_S)
+            try:
+                if mounted.repository.keeper.expire():
+                    mounted.engine.wake()
+            except (NoSpace, StoreStopped) as error:
+                log.warning("tips that are too old stay: %s", error)
 
     async def _close(self, mounted: Mounted) -> None:
         mounted.scope.cancel()
@@ -200,10 +220,17 @@ class Host:
     def find_vdi(self, reference: str) -> tuple[Mounted, Vdi]:
         """Return the VDI that ``reference`` means, and its SR."""
         for mounted in self.mounted.values():
-            if vdi := mounted.repository.vdis.get(reference):
+            if vdi := mounted.repository.catalogue.get(reference):
                 return mounted, vdi
-        vdi = resolve(reference, "VDI", self.all_vdis())
+        tips = (tip for mounted in self.mounted.values() for tip in mounted.repository.tips.values())
+        vdi = resolve(reference, "VDI", chain(self.all_vdis(), tips))
         return self.mounted[vdi.sr], vdi
+
+    def listed(self, mounted: Mounted, tips: bool | None = None) -> Iterable[Vdi]:
+        """What a listing of an SR shows; ``tips``: with tips, None: if the SR is set so."""
+        repository = mounted.repository
+        shows_tips = repository.expose_tips if tips is None else tips
+        return chain(repository.vdis.values(), repository.tips.values() if shows_tips else ())
 
     def all_vdis(self) -> Iterable[Vdi]:
         for mounted in self.mounted.values():
@@ -277,14 +304,14 @@ class Host:
 
     # VDIs.
 
-    async def when_unused(self, vdi: Vdi, operation: Callable[[], object]) -> object:
-        """Do ``operation``; if clients are attached to ``vdi``, give those that are leaving a moment to do so."""
+    async def when_unused(self, vdi: Vdi, operation: Callable[[], _Result], *others: Vdi) -> _Result:
+        """Do ``operation``; if clients are attached to ``vdi`` or one of ``others``, give those that are leaving a moment to do so."""
         deadline = trio.current_time() + DETACH_GRACE_S
         while True:
             try:
                 return operation()
             except VdiInUse:
-                leaving = all(attachment.kind != "attach" for attachment in vdi.attachments.values())
+                leaving = all(attachment.kind != "attach" for one in (vdi, *others) for attachment in one.attachments.values())
                 if not leaving or trio.current_time() > deadline:
                     raise
             await trio.sleep(0.005)
@@ -296,9 +323,9 @@ class Host:
         await mounted.engine.flush()
 
     def refuse_known(self, uuid: str | None) -> None:
-        """Raise `VdiExists` if any SR has a VDI of that uuid: uuids name VDIs across all SRs."""
-        if uuid is not None and any(uuid.lower() in mounted.repository.vdis for mounted in self.mounted.values()):
-            raise VdiExists(uuid=uuid.lower())
+        """Raise `VdiExists` if any SR has a VDI of that uuid: it names a VDI, and its NBD export, across all SRs."""
+        if uuid is not None and any(mounted.repository.catalogue.get(check_uuid(uuid)) for mounted in self.mounted.values()):
+            raise VdiExists(uuid=check_uuid(uuid))
 
     def added(self, vdi: Vdi) -> None:
         """Serve a VDI that has just been made."""

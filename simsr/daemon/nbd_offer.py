@@ -62,6 +62,12 @@ class NbdExports:
             self._set_terms(vdi, door)
         return door
 
+    def hang_up(self, vdi: Vdi, reason: str) -> None:
+        """Close all connections of ``vdi``."""
+        if door := self._doors.get(vdi):
+            for _, hang_up in list(door.open.values()):
+                hang_up(reason)
+
     def terms_changed(self, vdi: Vdi) -> None:
         """Have the connections of ``vdi`` follow its metadata."""
         if door := self._doors.get(vdi):
@@ -81,6 +87,9 @@ class NbdExports:
 
     def refusal(self, vdi: Vdi, peer: Peer) -> str:
         """Why ``peer`` must not connect to ``vdi`` now; empty if it may."""
+        gate = self.host.mounted[vdi.sr].engine.gates.get(vdi.volume)
+        if gate is not None and gate.barred:
+            return f"VDI {vdi.uuid} is being reverted; try again"
         if not self.admits(vdi, peer):
             return f"VDI {vdi.uuid} is not for {peer}; 'simsr vdi set' says for whom it is"
         most = NbdTerms.of(vdi.volume.meta).connections_max
@@ -137,9 +146,10 @@ class _Offer:
         def on_detach() -> None:
             door.open.pop(key)
             self._host.theatre.detach(disk)
-            mounted.repository.detach(vdi, key)
+            mounted.repository.detach(vdi, key, disk.in_order)
 
-        disk = Disk(mounted.engine, vdi.volume, on_detach, door.terms, partial(self._changed, mounted, vdi))
+        changed, on_write = partial(self._changed, mounted, vdi), partial(mounted.repository.written, vdi)
+        disk = Disk(mounted.engine, vdi.volume, on_detach, door.terms, changed, on_write if writable else None)
         self._host.theatre.attach(vdi, disk)
         return disk
 

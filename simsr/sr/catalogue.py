@@ -61,13 +61,17 @@ class Catalogue:
 
     def refresh(self, idents: Iterable[int]) -> None:
         """Volumes ``idents`` were made, changed or removed."""
-        idents = list(idents)
         before = {ident: self._take_out(ident) for ident in idents}
-        for ident in idents:
+        for ident, filed in before.items():
             if ident in self._store.volumes:
-                self._enter(self._store.volumes[ident], before[ident])
+                self._enter(self._store.volumes[ident], filed.vdi if filed else None)
+        for ident, filed in before.items():  # only now, so that the order of what stays does not change
+            if filed is not None and filed.vdi is not None:
+                held = self.tips if filed.tip_of else self.vdis
+                if held.get(filed.uuid) is filed.vdi is not self.node(ident):
+                    del held[filed.uuid]
 
-    def _take_out(self, ident: int) -> Vdi | None:
+    def _take_out(self, ident: int) -> _Filed | None:
         filed = self._filed.pop(ident, None)
         if filed is None:
             return None
@@ -78,9 +82,7 @@ class Catalogue:
                 index[key].discard(ident) if index is self.kids else index[key].pop(ident)
                 if not index[key]:
                     del index[key]
-        if filed.vdi is not None:
-            (self.tips if filed.tip_of else self.vdis).pop(filed.uuid)
-        return filed.vdi
+        return filed
 
     def _enter(self, volume: Volume, old: Vdi | None) -> None:
         """``old``: what it was until now; whoever holds that goes on with it if it is still of the same kind."""

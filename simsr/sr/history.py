@@ -74,9 +74,9 @@ class History:
         self._catalogue, self._keeper, self._new_uuid, self._imitation = catalogue, keeper, new_uuid, imitation
         self._nothing: dict[tuple[str, str], Reverted] = {}  # answers to requests that changed nothing, which leave no record
 
-    def plan(self, wishes: Sequence[Wish], live: bool = True) -> list[Reverted]:
-        """What `carry_out` would answer, with nothing changed. Raises what it raises."""
-        return self._prepare(wishes, live, None, self._keeper.begin())
+    def plan(self, wishes: Sequence[Wish]) -> list[Reverted]:
+        """What `carry_out` would answer, with nothing changed, and whoever is attached. Raises what it raises."""
+        return self._prepare(wishes, None, None, self._keeper.begin())
 
     def carry_out(
         self, wishes: Sequence[Wish], *, live: bool = False, op_id: str | None = None, expected: Mapping[str, int] | None = None
@@ -86,7 +86,7 @@ class History:
         ``live``: the disks may be attached; whoever calls has seen to it that nobody reads or writes. ``expected``: uuid -> gen.
         Raises `VdiInUse`, `ShrinkRefused`, `GroupChanged`, `NothingToUndo`, `TipExpired`, `NoSpace`, with nothing changed.
         """
-        if answers := self._answers(wishes, op_id):
+        if answers := self.answers_to(op_id, wishes[0].mode):
             return answers
         for wish in wishes:
             if expected and expected.get(wish.disk.uuid, wish.disk.gen) != wish.disk.gen:
@@ -103,7 +103,7 @@ class History:
                 del self._nothing[next(iter(self._nothing))]
         return results
 
-    def _prepare(self, wishes: Sequence[Wish], live: bool, op_id: str | None, change: Change) -> list[Reverted]:
+    def _prepare(self, wishes: Sequence[Wish], live: bool | None, op_id: str | None, change: Change) -> list[Reverted]:
         together = {"g": self._new_uuid(), "n": len(wishes)} if len(wishes) > 1 else {}
         results = []
         for wish in wishes:
@@ -116,24 +116,23 @@ class History:
         return results
 
     @staticmethod
-    def _refuse_if_used(disk: Vdi, live: bool) -> None:
-        if not live and not all(attachment.sees_changes for attachment in disk.attachments.values()):
+    def _refuse_if_used(disk: Vdi, live: bool | None) -> None:
+        if live is False and not all(attachment.sees_changes for attachment in disk.attachments.values()):
             raise VdiInUse(operation="revert", uuid=disk.uuid, by=disk.used_by)
 
-    def _answers(self, wishes: Iterable[Wish], op_id: str | None) -> list[Reverted]:
-        """What was answered to ``op_id`` the first time; nothing if this is the first time."""
+    def answers_to(self, op_id: str | None, mode: str) -> list[Reverted]:
+        """What was answered to ``op_id`` the first time; nothing if this is the first time. O(disks). Raises `BadRequest` if that was not ``mode``."""
         found = []
-        for wish in wishes if op_id is not None else ():
-            known = self._nothing.get((wish.disk.uuid, op_id))
-            for line in wish.disk.history.get("done", ()):
+        for disk in self._catalogue.vdis.values() if op_id is not None else ():
+            for line in disk.history.get("done", ()):
                 if line["op"] == op_id:
-                    known = Reverted(
-                        wish.disk, True, line["size"], line["m"], line.get("tip"), tuple(line.get("gone", ())), line.get("lost", False),
-                        wish.disk.size_bytes,
-                    )  # fmt: skip
-            if known is not None and known.mode != wish.mode:
+                    gone, lost = tuple(line.get("gone", ())), line.get("lost", False)
+                    found.append(Reverted(disk, True, line["size"], line["m"], line.get("tip"), gone, lost, disk.size_bytes))
+            if known := self._nothing.get((disk.uuid, op_id)):
+                found.append(known)
+        for known in found:
+            if known.mode != mode:
                 raise BadRequest(what=f"op_id {op_id!r}", reason=f"it was used for another operation, {known.mode}, before")
-            found += [known] if known is not None else []
         return found
 
     def undo_wishes(self, disk: Vdi, mode: str = UNDO, group: bool = False) -> list[Wish]:
@@ -165,7 +164,8 @@ class _Step:
     """One wish, being put into a change."""
 
     def __init__(
-        self, keeper: Keeper, catalogue: Catalogue, change: Change, wish: Wish, together: dict, new_uuid: Callable[[], str], live: bool
+        self, keeper: Keeper, catalogue: Catalogue, change: Change, wish: Wish, together: dict, new_uuid: Callable[[], str],
+        live: bool | None,
     ) -> None:
         self._keeper, self._catalogue, self._change, self._wish = keeper, catalogue, change, wish
         self._together, self._new_uuid, self._live = together, new_uuid, live
@@ -342,7 +342,7 @@ class _Step:
         return {**cbt.inherited(self._disk), **{key: meta[key] for key in ("chain", "image_format", "nbd") if key in meta}}
 
     def _take_over(self, node: int, size_bytes: int) -> None:
-        if self._disk.attachments and size_bytes < self._disk.size_bytes and self._live:
+        if self._disk.attachments and size_bytes < self._disk.size_bytes and self._live is not None:
             raise ShrinkRefused(uuid=self._disk.uuid, old_bytes=self._disk.size_bytes, size=size_bytes)
         self._change.reset(self._ident, node)
         self._give_to_boot_base(node)

@@ -13,13 +13,14 @@ from api_daemon import BLOCK, MIB, Nbd, Unchanged, alone, api, check_error  # no
 
 NOWHERE = "99999999-0000-4000-8000-000000000000"
 VDI_KEYS = {
-    "uuid", "location", "sr", "name", "description", "type", "size_bytes", "physical_utilisation_bytes", "is_a_snapshot",
+    "uuid", "location", "sr", "name", "description", "type", "size_bytes", "physical_utilisation_bytes", "is_a_snapshot", "is_a_tip",
     "snapshot_of", "family", "snapshot_time", "created_time", "read_only", "sharable", "managed", "on_boot", "cbt_enabled", "sm_config",
     "attached", "nbd_uri", "nbd_socket",
 }  # fmt: skip
 SR_KEYS = {
     "uuid", "name", "description", "path", "sm_config", "physical_size_bytes", "physical_utilisation_bytes",
     "virtual_allocation_bytes", "vdi_count", "snapshot_count", "statistics", "limit_bytes", "space", "verify_reads", "personality",
+    "tips_max", "tips_hours", "expose_tips", "tip_count",
 }  # fmt: skip
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -142,7 +143,7 @@ def test_create_and_show(api):
     assert UUID.fullmatch(made["uuid"]) and made["location"] == made["uuid"] and TIME.fullmatch(made["created_time"])
     expected = {
         "name": "create", "description": "d", "type": "system", "size_bytes": 1024, "physical_utilisation_bytes": 0,
-        "is_a_snapshot": False, "snapshot_of": None, "snapshot_time": None, "read_only": False, "sharable": True, "managed": True,
+        "is_a_snapshot": False, "is_a_tip": False, "snapshot_of": None, "snapshot_time": None, "read_only": False, "sharable": True, "managed": True,
         "on_boot": "persist", "cbt_enabled": False,
         "sm_config": {"a": "b"}, "attached": [], "nbd_uri": f"nbd+unix:///{made['uuid']}?socket={api.simsrd.nbd_socket}",
         "nbd_socket": f"{api.simsrd.root}/nbd/{made['uuid']}.sock",
@@ -275,7 +276,7 @@ def test_revert(api):
     api.act(disk, "resize", size_bytes=2 * MIB)
     before = api.show(disk)
     answer = api.act(snapshot, "revert")
-    assert answer.keys() == {"vdi", "changed", "size_changed"} and answer["changed"] and answer["size_changed"]
+    assert answer.keys() == {"vdi", "changed", "size_changed", "dry_run", "members"} and answer["changed"] and answer["size_changed"]
     assert answer["vdi"] == {**before, "size_bytes": MIB, "attached": []} == api.show(disk)
     for path in (disk["nbd_socket"], api.simsrd.nbd_socket):
         with Nbd(path, disk["uuid"]) as nbd:
