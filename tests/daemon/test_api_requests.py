@@ -108,7 +108,7 @@ def test_a_huge_body(api):
     with Unchanged(api):
         response = api.send("POST", "/v1/vdis", content=content, headers=JSON)
         assert response.status_code in (400, 413) and len(response.content) < 1000
-        check_error(response, "BadRequest", response.status_code)
+        check_error(response, "TooLarge", response.status_code)
 
 
 WRONG = {
@@ -121,7 +121,8 @@ WRONG = {
     "object": ["[]", '"a"', '{"a": 1}', '{"a": null}', '{"a": {}}', r'{"\ud800": "b"}', r'{"a": "\udfff"}'],
     "array": ["5", "{}", '"a"', "[]", "[1, 2]", '["a"]', '["a", null]', r'["a", "\ud800"]'],
 }  # as JSON, because Python's own types cannot say all of it
-RIGHT = {("sm_config_merge", '{"a": null}'), ("expected", '{"a": 1}')} | {(name, "0") for name in ("tips_max", "tips_hours", "live_ms")}
+RIGHT = {("sm_config_merge", '{"a": null}'), ("expected", '{"a": 1}'), ("allow", "[]"), ("tips_max", "0"), ("tips_hours", "0"), ("live_ms", "0")}
+RIGHT |= {(name, "0") for name in ("connections_max", "bytes_s", "requests_s")}
 
 
 def test_every_field_of_every_body_is_checked(api):
