@@ -107,6 +107,9 @@ class History:
         together = {"g": self._new_uuid(), "n": len(wishes)} if len(wishes) > 1 else {}
         results = []
         for wish in wishes:
+            for vdi in filter(None, (wish.disk, wish.node)):  # who made the wish may have waited since
+                if self._catalogue.get(vdi.uuid) is not vdi:
+                    raise NotFound(kind="VDI", name=vdi.uuid)
             if wish.mode != COMMIT:
                 self._refuse_if_used(wish.disk, live)
             if wish.node is not None:
