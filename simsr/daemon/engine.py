@@ -19,6 +19,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from time import time_ns
 from typing import TypeVar
+from weakref import WeakKeyDictionary, WeakSet
 
 import trio
 from outcome import Outcome
@@ -67,7 +68,7 @@ class Engine:
         store.log.on_roll = self.wake
         self.on_flush: Callable[[], None] | None = None
         """Called before a change is made durable, once: where a scenario has the daemon die."""
-        self.disks: dict[Volume, set[Disk]] = {}  # those that are attached now
+        self.disks: WeakKeyDictionary[Volume, WeakSet[Disk]] = WeakKeyDictionary()  # those that are attached now
         self.gates: dict[Volume, Gate] = {}  # those that are closed now
         self.give_up: Callable[[], bool] = lambda: False  # lets go of something that is kept while there is room; whether it did
         self.flush_waits = self.cold_reads = self.room_waits = 0
@@ -239,7 +240,7 @@ class Disk(Gated):
         self.is_durable = engine.is_durable
         if on_write is not None:
             self.write = self._first_write
-        engine.disks.setdefault(volume, set()).add(self)
+        engine.disks.setdefault(volume, WeakSet()).add(self)
         if gate := engine.gates.get(volume):
             gate.close([self])
 
@@ -346,8 +347,5 @@ class Disk(Gated):
                     job.release()
 
     def detach(self) -> None:
-        disks = self._engine.disks[self._volume]
-        disks.discard(self)
-        if not disks:
-            del self._engine.disks[self._volume]
+        self._engine.disks[self._volume].discard(self)
         self._on_detach()
