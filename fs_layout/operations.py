@@ -319,6 +319,8 @@ class Operations(pyfuse3.Operations):
         try:
             opened = self._open[handle]
             size = min(size, opened.file.size_bytes - offset)
+            if size < len(data) and opened.cached:
+                self.nodes.renew(("vdi", opened.file.uuid))  # the kernel takes the file to be larger, and would for ever
             if size <= 0:
                 raise pyfuse3.FUSEError(errno.ENOSPC)  # as a block device says at its end
             if (scripted := opened.disk.scripted) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import mmap
 import os
@@ -15,7 +16,10 @@ import nbd
 import pytest
 from daemon_tools import Simsrd, short_directory
 
-__all__ = ["MIB", "Mounted", "aligned", "eventually", "fuse_is_there", "is_mounted", "loop_device", "mounted_daemon", "needs_loop", "run"]
+__all__ = [
+    "MIB", "Mounted", "aligned", "eventually", "fuse_is_there", "is_mounted", "loop_device", "mounted_daemon", "needs_loop", "opened",
+    "refused", "run",
+]  # fmt: skip
 
 MIB = 1 << 20
 RUN_TIMEOUT_S = 60
@@ -29,14 +33,37 @@ needs_loop = pytest.mark.skipif(
 )
 
 
-def run(*command: str, status: int = 0, **more: object) -> str:
+def run(*command: str, status: int = 0, stdin_bytes: bytes = b"") -> str:
     """Run a program, which must end with ``status``; returns what it printed, errors included."""
     done = subprocess.run(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=RUN_TIMEOUT_S,
-        errors="replace", **more,
+        command, input=stdin_bytes, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=RUN_TIMEOUT_S, check=False,
+        env={**os.environ, "LC_ALL": "C"},
     )  # fmt: skip
-    assert done.returncode == status, f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}"
-    return done.stdout
+    said = done.stdout.decode(errors="replace")
+    assert done.returncode == status, f"{' '.join(command)} ended with {done.returncode}:\n{said}"
+    return said
+
+
+@contextlib.contextmanager
+def opened(path: str, flags: int = os.O_RDWR) -> Iterator[int]:
+    """An open file; the file system may be gone when it is closed."""
+    fd = os.open(path, flags)
+    try:
+        yield fd
+    finally:
+        try:
+            os.close(fd)
+        except OSError as error:
+            if error.errno != errno.ENOTCONN:
+                raise
+
+
+@contextlib.contextmanager
+def refused(number: int) -> Iterator[None]:
+    """What is done here must fail with that errno."""
+    with pytest.raises(OSError) as caught:
+        yield
+    assert caught.value.errno == number, caught.value
 
 
 def eventually(condition: Callable[[], object], timeout_s: float = 20) -> None:
@@ -56,7 +83,7 @@ class Mounted(Simsrd):
     """A daemon with the mount `directory` and the SR ``sr``."""
 
     def __init__(self, folder: str, *options: str) -> None:
-        self.directory = f"{folder}/m"
+        self.directory, self.is_cached = f"{folder}/m", "writeback" in options
         os.makedirs(self.directory, exist_ok=True)
         super().__init__(f"{folder}/r", "--mount", self.directory, *options)
 

