@@ -34,6 +34,8 @@ class FakeFile:
 
 
 class FakeDisk:
+    scripted = None
+
     def __init__(self, file: FakeFile, hang_path: str) -> None:
         self._file, self._hang_path = file, hang_path
 

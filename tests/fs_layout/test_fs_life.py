@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -33,7 +32,7 @@ def daemon() -> Iterator[Mounted]:
 
 
 @pytest.fixture
-def simsr(capsys) -> Callable[..., str]:
+def simsr(daemon: Mounted, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """``simsr(word, ..., status=0)``: run the command, here in this process; returns what it said."""
 
     def call(*words: str, status: int = 0) -> str:
@@ -68,14 +67,13 @@ def test_nothing_flushed_is_lost_when_the_daemon_is_killed(daemon):
     assert not is_mounted(daemon.directory) and os.listdir(daemon.directory) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_while_files_are_open(daemon, number):
+def test_a_stop_while_files_are_open(daemon):
     """Also with what is mounted elsewhere in the tree: a process whose working directory is below."""
     disk, path = daemon.disk("open")
     with opened(path) as fd, subprocess.Popen(["sleep", "600"], cwd=os.path.dirname(path)) as sleeper:
         try:
             os.pwrite(fd, b"x" * 4096, 0)
-            assert daemon.stop(number) == 0
+            assert daemon.stop() == 0
             assert not is_mounted(daemon.directory)
             assert f"mount {daemon.directory} is in use" in daemon.log
             with refused(errno.ENOTCONN):
@@ -90,7 +88,7 @@ def test_a_stop_while_files_are_open(daemon, number):
 
 
 def test_what_is_cached_is_written_at_a_stop(daemon):
-    daemon.stop_cleanly()
+    daemon.kill()  # its root is used again
     cached = Mounted(os.path.dirname(daemon.directory), "--mount-cache", "writeback")
     try:
         cached.start()
