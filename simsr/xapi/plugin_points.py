@@ -7,10 +7,12 @@ missing was not checked. What a plug-in does not advertise it must answer with 3
 
 from __future__ import annotations
 
+import base64
+import binascii
 import os
 import re
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from simsr.xapi import smapiv1
@@ -157,6 +159,19 @@ async def last_argument(s: Subjects) -> None:
     smapiv1.driver_info(s.trial.plugin.read("two arguments", done))
 
 
+@point("1", "runs as an argument of Python as well, as xapi's observer runs it")
+async def observed(s: Subjects) -> str | None:
+    trial, command = s.trial, "sr_get_driver_info"
+    if not source_problem(trial.plugin.path)[1]:
+        return "it is no Python script"
+    start = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    members: Members = {"host_ref": trial.call.host, "command": command, "args": [], "device_config": {}}
+    python = replace(trial.plugin, path="/usr/bin/python3")
+    done = await python.watched("a run below Python", "-c", start, trial.plugin.path, smapiv1.write_request(command, members))
+    smapiv1.driver_info(python.read("a run below Python", done))
+    return None
+
+
 @point("9", "runs on Python 3.6 and later with nothing but the standard library and XenAPI")
 async def python(s: Subjects) -> str | None:
     problem, is_python = source_problem(s.trial.plugin.path)
@@ -268,13 +283,9 @@ async def attach(s: Subjects) -> None:
 async def snapshot(s: Subjects) -> None:
     trial, disk = s.trial, s.disk
     await trial.use(s.attachable, f"write -P {OLD} 0 64k", "flush")
-    uuid = _info(await trial.send("vdi_snapshot", [], disk, driver_params={"epochhint": NOBODY}), "vdi_snapshot")
-    made = trial.vdi_called(uuid, "vdi_snapshot")
+    made = await _snapshot(trial, disk)
     size = trial.row(disk)["virtual_size"]
     _require(trial.row(made)["virtual_size"] == size, f"it has {trial.row(made)['virtual_size']} bytes, its disk {size}")
-    # What xapi does when a snapshot is there.
-    trial.db.set("VDI", made, is_a_snapshot=True, snapshot_of=disk)
-    smapiv1.unit(await trial.send("vdi_update", [], made))
     s.keep("snapshot", made)
 
 
@@ -285,6 +296,69 @@ async def clone(s: Subjects) -> None:
     await trial.use(made, f"read -P {OLD} 0 64k", f"write -P {NEW} 0 64k")
     await trial.use(s.disk, f"read -P {OLD} 0 64k")
     smapiv1.unit(await trial.send("vdi_delete", [], made))
+
+
+# What it may advertise besides.
+
+
+@point("3", "with on_boot=reset vdi_epoch_begin takes back what the last VM wrote", "VDI_RESET_ON_BOOT", "VDI_CREATE")
+async def reset_on_boot(s: Subjects) -> None:
+    trial = s.trial
+    disk = await _create(trial)
+    await trial.use(disk, f"write -P {OLD} 0 64k", "flush")
+    trial.db.set("VDI", disk, on_boot="reset")
+    for _ in range(2):
+        smapiv1.unit(await trial.send("vdi_epoch_begin", [], disk))
+        await trial.use(disk, f"read -P {OLD} 0 64k", f"write -P {NEW} 0 64k")
+        smapiv1.unit(await trial.send("vdi_epoch_end", [], disk))
+    smapiv1.unit(await trial.send("vdi_delete", [], disk))
+
+
+async def _changed_blocks(s: Subjects, old: str, new: str) -> bytes:
+    """The bitmap between two VDIs, ``new`` by reference or uuid."""
+    text = smapiv1.text(await s.trial.send("vdi_list_changed_blocks", [new], old))
+    try:
+        return base64.b64decode(text, validate=True)
+    except binascii.Error:
+        raise Wrong(f"the answer is not base64: {text[:60]!r}") from None
+
+
+@point("6", "changed blocks: 64 KiB to a bit, the first one the highest; the other VDI by reference or uuid", "VDI_CONFIG_CBT", "VDI_SNAPSHOT")
+async def changed_blocks(s: Subjects) -> None:
+    trial = s.trial
+    disk = await _create(trial)
+    smapiv1.unit(await trial.send("vdi_enable_cbt", [], disk))
+    trial.db.set("VDI", disk, cbt_enabled=True)
+    old = await _snapshot(trial, disk)
+    await trial.use(disk, f"write -P {NEW} 64k 64k", f"write -P {NEW} 1M 4k")
+    expected = bytearray(SIZE // 65536 // 8)
+    expected[0], expected[2] = 0x40, 0x80
+    for name in (disk, trial.row(disk)["uuid"]):
+        found = await _changed_blocks(s, old, name)
+        _require(found == expected, f"blocks 1 and 16 of {SIZE // 65536} changed, and the bitmap is {found.hex()}")
+    s.keep("tracked", disk)
+    s.keep("tracked_snapshot", old)
+
+
+async def _snapshot(trial: Trial, disk: str) -> str:
+    """Take a snapshot, and do to its row what xapi does."""
+    uuid = _info(await trial.send("vdi_snapshot", [], disk, driver_params={"epochhint": NOBODY}), "vdi_snapshot")
+    made = trial.vdi_called(uuid, "vdi_snapshot")
+    trial.db.set("VDI", made, is_a_snapshot=True, snapshot_of=disk)
+    smapiv1.unit(await trial.send("vdi_update", [], made))
+    return made
+
+
+@point("R8", "after a revert changed blocks are told from the newer snapshot, or CBT is off", "VDI_REVERT", "VDI_CONFIG_CBT")
+async def revert_and_cbt(s: Subjects) -> str | None:
+    trial, disk = s.trial, s.tracked
+    newer = await _snapshot(trial, disk)
+    smapiv1.unit(await trial.send("vdi_revert", [disk], s.tracked_snapshot))
+    if not trial.row(disk)["cbt_enabled"]:
+        return "it ends CBT"
+    found = await _changed_blocks(s, newer, disk)
+    _require(len(found) > 2 and found[0] & 0x40 and found[2] & 0x80, f"blocks 1 and 16 went back, and the bitmap is {found.hex()}")
+    return None
 
 
 # Revert.

@@ -196,7 +196,8 @@ class Trial:
         )  # fmt: skip
         said = done.stdout.decode(errors="replace")
         if done.returncode or "failed" in said:
-            raise Wrong(f"{'; '.join(commands)}: {said.strip().splitlines()[-1] if said.strip() else 'qemu-io failed'}")
+            lines = said.strip().splitlines() or ["qemu-io failed"]
+            raise Wrong(f"{'; '.join(commands)}: {next((line for line in lines if 'failed' in line), lines[-1])}")
 
 
 class ToolMissing(SimsrError):

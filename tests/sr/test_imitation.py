@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from sr_kit import SR_UUID, WIDE, World, check, content, fill, unchanged
 
@@ -276,3 +278,74 @@ def test_deleting_a_disk_of_an_array_deletes_its_snapshots():
     snapshot = sr.snapshot(disk)
     sr.delete(disk)
     assert list(sr.vdis) == [snapshot.uuid]
+
+
+# Against a tree of images, kept the long way.
+
+
+class Tree:
+    """What a driver with files of VHD has: images and bases, each on another base or on none; bases with one image are merged."""
+
+    def __init__(self) -> None:
+        self.below: dict[object, object] = {}
+
+    def snapshot(self, disk: str, copy: str) -> None:
+        base = ("base", copy)
+        self.below |= {base: self.below[disk], disk: base, copy: base}
+
+    def beside(self, image: str, copy: str) -> None:
+        self.below[copy] = self.below[image]
+
+    def delete(self, image: str) -> None:
+        del self.below[image]
+        self.merge()
+
+    def merge(self) -> None:
+        while True:
+            kids: dict[object, list] = {}
+            for one, base in self.below.items():
+                kids.setdefault(base, []).append(one)
+            lone = [one for one in self.below if isinstance(one, tuple) and len(kids.get(one, ())) < 2]
+            if not lone:
+                return
+            for kid in kids.get(lone[0], ()):
+                self.below[kid] = self.below[lone[0]]
+            del self.below[lone[0]]
+
+    def length(self, image: object) -> int:
+        count = 0
+        while image is not None:
+            image, count = self.below[image], count + 1
+        return count
+
+
+def test_chains_are_as_long_as_in_a_tree_of_images(seeds, note):
+    for seed in seeds(8):
+        rng = random.Random(seed)
+        sr, tree = like("ext+revert"), Tree()
+        sr.create(2 * MIB)
+        tree.below = {uuid: None for uuid in sr.vdis}
+        for step in range(120):
+            vdi = rng.choice(list(sr.vdis.values()))
+            action = rng.choices(("snapshot", "clone", "revert", "delete", "write"), (8, 3, 3, 4, 2))[0]
+            with note(seed=seed, step=step, action=action):
+                one_step(sr, tree, vdi, action, rng)
+                assert {uuid: tree.length(uuid) for uuid in sr.vdis} == {uuid: length(sr, vdi) for uuid, vdi in sr.vdis.items()}
+        check(sr)
+
+
+def one_step(sr, tree: Tree, vdi, action: str, rng: random.Random) -> None:
+    if action in ("snapshot", "clone"):
+        if vdi.is_a_snapshot and action == "snapshot":
+            return
+        copy = getattr(sr, action)(vdi)
+        (tree.beside if vdi.is_a_snapshot else tree.snapshot)(vdi.uuid, copy.uuid)
+    elif action == "revert" and vdi.is_a_snapshot and vdi.snapshot_of in sr.vdis:
+        if sr.revert(vdi).changed:
+            tree.below[vdi.snapshot_of] = tree.below[vdi.uuid]
+            tree.merge()
+    elif action == "delete" and len(sr.vdis) > 2:
+        sr.delete(vdi)
+        tree.delete(vdi.uuid)
+    elif action == "write" and not vdi.read_only:
+        fill(vdi, rng.randrange(1 << 30), range(2))

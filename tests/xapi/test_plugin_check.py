@@ -173,6 +173,28 @@ COMMANDS["vdi_revert"] = vdi_revert
     assert found["revert"].ok is None and "does not advertise VDI_REVERT" in found["revert"].reason
 
 
+def test_what_is_advertised_besides(daemon, tmp_path):
+    """Disks that do not forget, a bitmap with its bits the other way round, blocks that are not told after a revert."""
+    text = """
+import base64
+COMMANDS["vdi_epoch_begin"] = vdi_epoch_end
+real = vdi_list_changed_blocks
+
+def vdi_list_changed_blocks(call):
+    bitmap = base64.b64decode(real(call))
+    return base64.b64encode(bytes(int("{:08b}".format(byte)[::-1], 2) for byte in bitmap)).decode()
+
+COMMANDS["vdi_list_changed_blocks"] = vdi_list_changed_blocks
+"""
+    names = ("found", "observed", "make_sr", "create", "reset_on_boot", "changed_blocks", "revert_and_cbt")
+    found = findings(spoilt(tmp_path, text), daemon, *names)
+    assert wrong(found).keys() == {"reset_on_boot", "changed_blocks"}
+    assert "Pattern verification failed" in found["reset_on_boot"].reason and "the bitmap is 0200010000" in found["changed_blocks"].reason
+    assert found["revert_and_cbt"].ok is None and found["observed"].ok
+    text = "real = answer\nanswer = lambda argv: real([] if 'runpy' in sys.modules else argv)"
+    assert wrong(findings(spoilt(tmp_path, text), daemon, "found", "observed")).keys() == {"observed"}
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [("if (n := 1): pass", "Python 3.6 cannot read it"), ("import trio", "it imports trio, which is not of the standard library"),
