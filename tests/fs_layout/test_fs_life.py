@@ -11,7 +11,7 @@ from contextlib import ExitStack
 
 import pytest
 from daemon_tools import short_directory
-from fuse_kit import MIB, Mounted, eventually, fuse_is_there, is_mounted, opened, refused, run
+from fuse_kit import MIB, Mounted, eventually, fuse_is_there, is_mounted, mounted_daemon, opened, refused, run
 
 from simsr.cli.main import main
 
@@ -87,21 +87,15 @@ def test_a_stop_while_files_are_open(daemon):
     daemon.stop_cleanly()
 
 
-def test_what_is_cached_is_written_at_a_stop(daemon):
-    daemon.kill()  # its root is used again
-    cached = Mounted(os.path.dirname(daemon.directory), "--mount-cache", "writeback")
-    try:
-        cached.start()
-        disk, path = cached.disk("dirty")
+def test_what_is_cached_is_written_at_a_stop():
+    with mounted_daemon("--mount-cache", "writeback") as daemon:
+        disk, path = daemon.disk("dirty")
         with opened(path) as fd:
             os.pwrite(fd, b"dirty" * 100_000, 0)
-            assert cached.stop() == 0
-        cached.start()
+            assert daemon.stop() == 0
+        daemon.start()
         with opened(path) as fd:
             assert os.pread(fd, 500_000, 0) == b"dirty" * 100_000
-        cached.stop_cleanly()
-    finally:
-        cached.end()
 
 
 def test_the_commands(daemon, simsr, tmp_path):
