@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from simsrd_kit import Simsrd
+from simsrd_kit import Simsrd, make_pki
 from smapi_fake_daemon import FakeDaemon
 from smapi_fake_xapi import FakeXapi
 from smapi_fakes import serving
@@ -63,16 +63,23 @@ def script():
 # The real daemon.
 
 @pytest.fixture(scope="package")
-def shared_socket():
-    """The control socket of a real simsrd that tests share. It holds one SR, SR_UUID."""
+def shared():
+    """A real simsrd that tests share, on its socket and over HTTPS. It holds one SR, SR_UUID."""
     with tempfile.TemporaryDirectory(prefix="simsr-") as path:
-        simsrd = Simsrd(Path(path) / "root", "--nbd-tcp", "127.0.0.1:0")
+        pki = make_pki(Path(path))
+        simsrd = Simsrd(Path(path) / "root", "--nbd-tcp", "127.0.0.1:0", "--https", "127.0.0.1:0", "--https-cert",
+                        pki.certificate, "--https-key", pki.key, "--token-file", pki.token_file)
         try:
-            socket = simsrd.start()
-            assert Caller(in_process=True, socket=socket, standalone="true").call("sr_create", ["0"]) is NIL
-            yield socket
+            simsrd.pki, simsrd.socket = pki, simsrd.start()
+            assert Caller(in_process=True, socket=simsrd.socket, standalone="true").call("sr_create", ["0"]) is NIL
+            yield simsrd
         finally:
             simsrd.stop()
+
+
+@pytest.fixture
+def shared_socket(shared):
+    return shared.socket
 
 
 @pytest.fixture
