@@ -16,11 +16,10 @@ import functools
 import http.client
 import json
 import os
+import queue
 import socket
 import sys
-import threading
 import urllib.parse
-from contextlib import contextmanager
 
 import nbd
 import nbdkit
@@ -168,28 +167,28 @@ class _Export:
 
     def __init__(self, name):
         self.first = _connect(name)
-        count = int(_settings["connections"]) if self.first.can_multi_conn() else 1
-        self._idle = [self.first]
+        self._all = [self.first]
         try:
-            for _ in range(count - 1):
-                self._idle.append(_connect(name))
+            self.size_bytes = self.first.get_size()
+            for _ in range(int(_settings["connections"]) - 1 if self.first.can_multi_conn() else 0):
+                self._all.append(_connect(name))
         except nbd.Error:
             self.close()
             raise
-        self.size_bytes = self.first.get_size()
-        self._free = threading.Semaphore(count)
+        self._idle = queue.SimpleQueue()  # in C, unlike semaphores and queues with a limit
+        for handle in self._all:
+            self._idle.put(handle)
 
-    @contextmanager
-    def connection(self):
-        with self._free:
-            handle = self._idle.pop()
-            try:
-                yield handle
-            finally:
-                self._idle.append(handle)
+    def do(self, request, *arguments):
+        """What ``request``, a method of libnbd's handle, returns on a connection that nobody else uses meanwhile."""
+        handle = self._idle.get()
+        try:
+            return request(handle, *arguments)
+        finally:
+            self._idle.put(handle)
 
     def close(self):
-        for handle in self._idle:
+        for handle in self._all:
             _close(handle)
 
 
@@ -302,29 +301,25 @@ def _fua(flags):
 
 @_told
 def pread(export, buf, offset, flags):
-    with export.connection() as handle:
-        for start in range(0, len(buf), REQUEST_MAX_BYTES):
-            count = min(REQUEST_MAX_BYTES, len(buf) - start)
-            buf[start:start + count] = handle.pread(count, offset + start)
+    for start in range(0, len(buf), REQUEST_MAX_BYTES):
+        count = min(REQUEST_MAX_BYTES, len(buf) - start)
+        buf[start:start + count] = export.do(nbd.NBD.pread, count, offset + start)
 
 
 @_told
 def pwrite(export, buf, offset, flags):
-    with export.connection() as handle:
-        for start in range(0, len(buf), REQUEST_MAX_BYTES):
-            handle.pwrite(buf[start:start + REQUEST_MAX_BYTES], offset + start, _fua(flags))
+    for start in range(0, len(buf), REQUEST_MAX_BYTES):
+        export.do(nbd.NBD.pwrite, buf[start:start + REQUEST_MAX_BYTES], offset + start, _fua(flags))
 
 
 @_told
 def flush(export, flags):
-    with export.connection() as handle:
-        handle.flush()
+    export.do(nbd.NBD.flush)
 
 
 @_told
 def trim(export, count, offset, flags):
-    with export.connection() as handle:
-        handle.trim(count, offset, _fua(flags))
+    export.do(nbd.NBD.trim, count, offset, _fua(flags))
 
 
 @_told
@@ -334,14 +329,12 @@ def zero(export, count, offset, flags):
         wanted |= nbd.CMD_FLAG_NO_HOLE
     if flags & nbdkit.FLAG_FAST_ZERO:
         wanted |= nbd.CMD_FLAG_FAST_ZERO
-    with export.connection() as handle:
-        handle.zero(count, offset, wanted)
+    export.do(nbd.NBD.zero, count, offset, wanted)
 
 
 @_told
 def cache(export, count, offset, flags):
-    with export.connection() as handle:
-        handle.cache(count, offset)
+    export.do(nbd.NBD.cache, count, offset)
 
 
 @_told
@@ -355,6 +348,5 @@ def extents(export, count, offset, flags):
                 start += length
         return 0
 
-    with export.connection() as handle:
-        handle.block_status(count, offset, note, nbd.CMD_FLAG_REQ_ONE if flags & nbdkit.FLAG_REQ_ONE else 0)
+    export.do(nbd.NBD.block_status, count, offset, note, nbd.CMD_FLAG_REQ_ONE if flags & nbdkit.FLAG_REQ_ONE else 0)
     return found
