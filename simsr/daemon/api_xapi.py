@@ -12,9 +12,10 @@ import trio
 from fastapi import APIRouter, Response
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from simsr.daemon.drafting import compose, destroy_data
 from simsr.daemon.host import Host
 from simsr.daemon.walks import Walks
-from simsr.errors import NoChangedBlocks
+from simsr.errors import BadRequest, NoChangedBlocks
 from simsr.sr.vdi import Vdi
 from simsr.store.units import UNIT_BYTES
 
@@ -33,6 +34,10 @@ class Epoch(Body):
 
 class Cbt(Body):
     enabled: bool
+
+
+class Compose(Body):
+    parent: Annotated[str, Field(min_length=1, max_length=4096, description="a VDI of the same SR, not larger, that nobody is attached to")]
 
 
 class ChangedBlocksOut(BaseModel):
@@ -68,6 +73,26 @@ def xapi_router(host: Host, walks: Walks, vdi_out: type[BaseModel], describe: Ca
         mounted, found = host.find_vdi(vdi)
         mounted.repository.set_cbt(found, body.enabled)
         await mounted.engine.flush()
+        _timed(response, began)
+        return describe(host, found)
+
+    @router.post("/v1/vdis/{vdi}/data_destroy", response_model=vdi_out)
+    async def destroy(vdi: Reference, response: Response) -> dict:
+        """Drop the data of a snapshot with CBT; what changed from and to it can be asked for ever after. No error if it is done already."""
+        began = trio.current_time()
+        mounted, found = host.find_vdi(vdi)
+        await destroy_data(host, walks, mounted, found)
+        _timed(response, began)
+        return describe(host, found)
+
+    @router.post("/v1/vdis/{vdi}/compose", response_model=vdi_out)
+    async def compose_vdi(vdi: Reference, body: Compose, response: Response) -> dict:
+        """Lay the blocks that a disk has data in over the content of a parent; the disk stays what it is, and so does the parent."""
+        began = trio.current_time()
+        (mounted, found), (_, parent) = host.find_vdi(vdi), host.find_vdi(body.parent)
+        if found.sr != parent.sr:
+            raise BadRequest(what=f"a composition of {found.uuid} and {parent.uuid}", reason="they are in different SRs")
+        await compose(host, walks, mounted, found, parent)
         _timed(response, began)
         return describe(host, found)
 

@@ -87,6 +87,8 @@ class NbdExports:
 
     def refusal(self, vdi: Vdi, peer: Peer) -> str:
         """Why ``peer`` must not connect to ``vdi`` now; empty if it may."""
+        if not vdi.has_data:
+            return f"the data of VDI {vdi.uuid} was destroyed, only its changed blocks are known"
         gate = self.host.mounted[vdi.sr].engine.gates.get(vdi.volume)
         if gate is not None and gate.barred:
             return f"VDI {vdi.uuid} is being reverted; try again"
@@ -122,7 +124,7 @@ class _Offer:
         return ExportInfo(vdi.uuid, vdi.size_bytes, read_only, vdi.name.encode()[:256].decode(errors="ignore"))
 
     def names(self) -> Iterable[str]:
-        return [vdi.uuid for vdi in self._host.all_vdis() if self._exports.admits(vdi, self._peer)]
+        return [vdi.uuid for vdi in self._host.all_vdis() if vdi.has_data and self._exports.admits(vdi, self._peer)]
 
     def contexts(self, name: str) -> Iterable[str]:
         return [prefix + vdi.uuid for vdi in self._snapshots(*self._host.find_vdi(name)) for prefix in (CHANGED, BITMAP)]

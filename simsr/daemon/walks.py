@@ -3,8 +3,9 @@ millisecond at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import closing
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import trio
@@ -15,9 +16,42 @@ from simsr.store.walk import Walk
 if TYPE_CHECKING:
     from simsr.daemon.host import Host, Mounted
 
-__all__ = ["Walks"]
+__all__ = ["Walks", "run_in_host"]
 
 _Walk = TypeVar("_Walk", bound=Walk)
+_Result = TypeVar("_Result")
+
+
+async def run_in_host(host: Host, mounted: Mounted, job: Callable[[], Awaitable[_Result]]) -> _Result:
+    """``await job()`` in a task of the host, which closes its stores when all its tasks have ended: then nothing is held any more.
+
+    The job is cancelled with the caller. Raises what it raises, `StoreError` for an OSError, `NotFound` if the SR goes away meanwhile.
+    """
+    scope, ended = trio.CancelScope(), trio.Event()
+    done: list[_Result] = []
+    errors: list[Exception] = []
+
+    async def task() -> None:
+        try:
+            with scope:
+                done.append(await job())
+        except (SimsrError, OSError) as error:
+            errors.append(error)
+        finally:
+            ended.set()
+
+    host._nursery.start_soon(task)
+    try:
+        await ended.wait()
+    finally:
+        scope.cancel()
+    if mounted.scope.cancel_called or not (done or errors):
+        raise NotFound(kind="SR", name=mounted.repository.name)
+    if errors and isinstance(errors[0], OSError):
+        raise StoreError(path=mounted.repository.store.directory.path, reason=f"a map cannot be read: {errors[0]}") from errors[0]
+    if errors:
+        raise errors[0]
+    return done[0]
 
 
 class Walks:
@@ -30,32 +64,7 @@ class Walks:
 
     async def run(self, mounted: Mounted, begin: Callable[[], _Walk]) -> _Walk:
         """Carry out what ``begin`` makes. Raises what that raises, `StoreError`, `NotFound` if the SR goes away meanwhile."""
-        scope, ended = trio.CancelScope(), trio.Event()
-        done: list[_Walk] = []
-        errors: list[Exception] = []
-
-        async def task() -> None:
-            try:
-                with scope:
-                    done.append(await self._run(mounted, begin))
-            except (SimsrError, OSError) as error:
-                errors.append(error)
-            finally:
-                ended.set()
-
-        # A task of the host, which closes its stores when all its tasks have ended: then nothing is held any more.
-        self._host._nursery.start_soon(task)
-        try:
-            await ended.wait()
-        finally:
-            scope.cancel()
-        if mounted.scope.cancel_called or not (done or errors):
-            raise NotFound(kind="SR", name=mounted.repository.name)
-        if errors and isinstance(errors[0], OSError):
-            raise StoreError(path=mounted.repository.store.directory.path, reason=f"a map cannot be read: {errors[0]}") from errors[0]
-        if errors:
-            raise errors[0]
-        return done[0]
+        return await run_in_host(self._host, mounted, partial(self._run, mounted, begin))
 
     async def _run(self, mounted: Mounted, begin: Callable[[], _Walk]) -> _Walk:
         async with self._one:

@@ -2,7 +2,7 @@
 
 Nothing is tracked while a disk is written to. What has changed is found by comparing two maps (`simsr.store.units`), so it is exact: across any
 number of snapshots between, made or deleted, and across reverts. What CBT adds is the promise that the comparison stays possible
-when the older snapshot's data has gone (`simsr.sr.destroy`), and the rules that backup programs know from xapi and sm:
+when the older snapshot's data has gone (`simsr.sr.drafts`), and the rules that backup programs know from xapi and sm:
 
 * Enabling CBT on a disk begins a **chain**, which the snapshots made from then on belong to. Disabling it ends the chain for the disk, but not for
   its snapshots; enabling it again begins another one. A clone belongs to none.

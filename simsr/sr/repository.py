@@ -29,8 +29,9 @@ from simsr.sr.imitation import Imitation
 from simsr.sr.nbd_terms import NbdTerms
 from simsr.sr.space import cap_for, check_limit, describe_space
 from simsr.sr.tips import Keeper, check_tip_settings
-from simsr.sr.vdi import FUSE, FUSE_CACHED, VDI_TYPES, Attachment, Vdi
+from simsr.sr.vdi import FUSE, FUSE_CACHED, JOB, VDI_TYPES, Attachment, Vdi
 from simsr.sr.wishes import Wishes
+from simsr.store.births import Births, FingerprintDiff
 from simsr.store.layout import BLOCK
 from simsr.store.store import SPARES_MIN, Resize, SetMeta, Store
 from simsr.store.units import UnitDiff
@@ -97,6 +98,7 @@ class Repository:
 
     def __init__(self, store: Store, now: Callable[[], str], new_uuid: Callable[[], str]) -> None:
         self.store = store
+        self.births = Births(store.pool)
         self._now, self._new_uuid = now, new_uuid
         self.catalogue = Catalogue(store, self.uuid, lambda vdi: self.imitation.shown(vdi))
         self.vdis, self.tips = self.catalogue.vdis, self.catalogue.tips
@@ -363,6 +365,8 @@ class Repository:
         kernel keeps (`FUSE_CACHED`) and those who keep them exclude each other, unless it is a snapshot.
         """
         cbt.refuse_without_data(vdi, "attach")
+        if any(other.kind == JOB for other in vdi.attachments.values()):
+            raise VdiInUse(operation="attach", uuid=vdi.uuid, by=vdi.used_by)
         if writable and vdi.read_only:
             raise VdiReadOnly(uuid=vdi.uuid)
         self.imitation.admit_attach(vdi, writable, kind)
@@ -484,11 +488,14 @@ class Repository:
             cbt.refuse_without_data(vdi, "compare")
         return Diff(self.store, old.volume, new.volume, start, ranges_max, end)
 
-    def changed_blocks(self, old: Vdi, new: Vdi) -> UnitDiff:
+    def changed_blocks(self, old: Vdi, new: Vdi) -> UnitDiff | FingerprintDiff:
         """A job that finds which units of 64 KiB differ (`simsr.sr.cbt`). Raises `NoChangedBlocks`, `CbtSizes`, `NotFound`."""
         for vdi in (old, new):
             self._refuse_if_gone(vdi)
         cbt.check_pair(old, new)
+        if not (old.has_data and new.has_data):
+            destroyed = not old.has_data, not new.has_data
+            return FingerprintDiff(self.store, self.births, old.volume, new.volume, destroyed)
         return UnitDiff(self.store, old.volume, new.volume)
 
     def survey(self) -> Survey:

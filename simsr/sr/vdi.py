@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from simsr.store.volume import Volume
 
-__all__ = ["Vdi", "Tip", "Attachment", "VDI_TYPES", "CLEAN", "CRASH", "FUSE", "FUSE_CACHED"]
+__all__ = ["Vdi", "Tip", "Attachment", "VDI_TYPES", "CLEAN", "CRASH", "FUSE", "FUSE_CACHED", "JOB"]
 
 FUSE, FUSE_CACHED = "fuse", "fuse-cached"
 
@@ -26,13 +26,16 @@ VDI_TYPES = frozenset(
 CLEAN, CRASH = "clean", "crash"
 """What a tip holds: a disk that everybody had let go of in order, or one that was left as a crash leaves it."""
 
+JOB = "job"
+"""The kind of use that an operation of the daemon itself makes of a VDI. It wants it for itself."""
+
 
 @dataclass(frozen=True)
 class Attachment:
     """Somebody who uses a VDI.
 
     ``kind`` is "nbd" for a connection, `FUSE` for an open file, `FUSE_CACHED` for one whose pages the kernel keeps, "attach" for a
-    host that asked for it.
+    host that asked for it, `JOB` for an operation of the daemon itself.
     """
 
     client: str
@@ -135,7 +138,7 @@ class Vdi:
     @property
     def has_data(self) -> bool:
         """Whether it can be read: False for a snapshot whose data was destroyed."""
-        return self.volume.meta["type"] != "cbt_metadata"
+        return self.volume.meta.get("type") != "cbt_metadata"
 
     @property
     def used_by(self) -> str:

@@ -241,7 +241,7 @@ class Check:
                 self._found(CORRUPTION, f"{segment_name(slot)} has blocks in use and no valid header")
                 continue
             unnamed = np.frombuffer(used, dtype=np.uint8).copy()
-            unnamed[blocks_in(areas[0], segment.salt, geometry).places] = 0
+            unnamed[blocks_in(areas[0], segment).places] = 0
             if count := int(unnamed.sum()):
                 text = f"a record of {segment_name(slot)} is damaged: {count} blocks in use are named by none, and cannot be cleaned"
                 self._found(CORRUPTION, text)

@@ -53,6 +53,10 @@ _GARBAGE_PER_LIVE = 1.0  # without a size limit, a store takes about (1 + this) 
 _SLACK_SEGMENTS = 16  # ... and this
 
 
+_Found = tuple[int, int, int, list[int]]
+"""(family, block, place in the victim, birth) of a block that is in use"""
+
+
 class Cleaner:
     """Cleans one store. `wanted` says whether it should; `work` is one round of it."""
 
@@ -173,10 +177,10 @@ class Cleaner:
 
             def read() -> None:
                 victim.file.pread(area, 0)
-                blocks.append(blocks_in(area, victim.salt, self._pool.geometry))
+                blocks.append(blocks_in(area, victim))
 
             yield read
-            wanted: list[tuple[int, int, int]] = []  # (family, block, place in the victim)
+            wanted: list[_Found] = []
             yield from self._find(victim, blocks[0], wanted)
             self.segments_examined += 1
             capacity = self._pool.data_blocks
@@ -205,13 +209,13 @@ class Cleaner:
             finally:
                 job.finish(shrink=False)
 
-    def _find(self, victim: Segment, blocks: Blocks, wanted: list[tuple[int, int, int]]) -> Iterator[Step]:
+    def _find(self, victim: Segment, blocks: Blocks, wanted: list[_Found]) -> Iterator[Step]:
         """Fill ``wanted`` with what is in use of ``blocks``."""
         table, bits = self._table, self._table.bits
         base = victim.slot << self._pool.geometry.segment_shift
         order = np.lexsort((blocks.numbers, blocks.families))
         families, numbers = blocks.families[order].tolist(), blocks.numbers[order].tolist()
-        places = blocks.places[order].tolist()
+        places, births = blocks.places[order].tolist(), blocks.births[order].tolist()
         mask, at, groups = table.fanout - 1, 0, 0
         while at < len(numbers):
             family, number, end = families[at], numbers[at] >> bits, at
@@ -223,22 +227,22 @@ class Cleaner:
                 physical, slot = base | places[index], numbers[index] & mask
                 for slots in leaves:
                     if slots[slot] & PHYSICAL_MASK == physical:
-                        wanted.append((family, numbers[index], places[index]))
+                        wanted.append((family, numbers[index], places[index], births[index]))
                         break
             at, groups = end, groups + 1
             if groups % _GROUPS_A_SLICE == 0:
                 yield None
 
-    def _move(self, victim: Segment, wanted: list[tuple[int, int, int]]) -> Iterator[Step]:
+    def _move(self, victim: Segment, wanted: list[_Found]) -> Iterator[Step]:
         """Copy a batch of blocks and repoint whoever names them."""
         contents = [bytearray(BLOCK) for _ in wanted]
 
         def read() -> None:
-            for (_, _, place), content in zip(wanted, contents):
+            for (_, _, place, _), content in zip(wanted, contents):
                 victim.file.pread(memoryview(content), place * BLOCK)
 
         yield read
-        for family, block, _ in wanted:
+        for family, block, *_ in wanted:
             yield from self._leaves(family, block >> self._table.bits)
         while True:
             try:
@@ -252,11 +256,11 @@ class Cleaner:
                     job.finish(shrink=False)
         yield None
 
-    def _move_now(self, victim: Segment, wanted: list[tuple[int, int, int]], contents: list[bytearray]) -> None:
+    def _move_now(self, victim: Segment, wanted: list[_Found], contents: list[bytearray]) -> None:
         table, bits, mask = self._table, self._table.bits, self._table.fanout - 1
         base = victim.slot << self._pool.geometry.segment_shift
         moves, data, entries = Moves.empty(), [], []
-        for (family, block, place), content in zip(wanted, contents):
+        for (family, block, place, birth), content in zip(wanted, contents):
             number, slot, physical = block >> bits, block & mask, base | place
             holders = [
                 ident
@@ -270,7 +274,7 @@ class Cleaner:
                 log.error("block %d of segment %d is damaged; it stays where it is", place, victim.slot)
                 self._hopeless.add(victim.slot)
                 continue
-            moves.add(family, block, physical, crc)
+            moves.add(family, block, physical, crc, birth)
             data.append(content)
             entries.append((slot, holders))
         done = 0
@@ -286,7 +290,7 @@ class Cleaner:
         if into is None or count <= 0:
             self._next_segment()
             return 0
-        part = Moves(*(column[first : first + count] for column in (moves.families, moves.blocks, moves.old, moves.crcs)))
+        part = moves.part(first, count)
         store_log = self._store.log
         if store_log.room(freeing=True)[1] < layout.RECORD_BYTES + 16:
             store_log.roll(keep=0)

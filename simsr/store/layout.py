@@ -252,39 +252,51 @@ def unpack_moved(payload: bytes) -> tuple[int, int, int]:
 
 @dataclass(frozen=True)
 class Moves:
-    """The payload of a SUMMARY record: whose blocks were moved, from where, and the CRC-32C of each. They lie in a row."""
+    """The payload of a SUMMARY record: whose blocks were moved, from where, and the CRC-32C and the birth of each. They lie in a row.
+
+    A birth is what tells a block from all others that were ever written to the store: the log index of the segment that it was first written
+    to, and its place there. ``births`` has these two for each block; it is empty in a record that was written before there were any.
+    """
 
     families: array
     blocks: array
     old: array
     crcs: array
+    births: array
 
     @staticmethod
     def empty() -> Moves:
-        return Moves(array("I"), array("Q"), array("I"), array("I"))
+        return Moves(array("I"), array("Q"), array("I"), array("I"), array("Q"))
 
-    def add(self, family: int, block: int, old: int, crc: int) -> None:
+    def add(self, family: int, block: int, old: int, crc: int, birth: list[int]) -> None:
         self.families.append(family)
         self.blocks.append(block)
         self.old.append(old)
         self.crcs.append(crc)
+        self.births.extend(birth)
+
+    def part(self, first: int, count: int) -> Moves:
+        """``count`` of them from ``first`` on."""
+        columns = (self.families, self.blocks, self.old, self.crcs)
+        return Moves(*(column[first : first + count] for column in columns), self.births[2 * first : 2 * (first + count)])
 
     def __len__(self) -> int:
         return len(self.blocks)
 
     def pack(self) -> bytes:
-        parts = (self.blocks, self.families, self.old, self.crcs)
+        parts = (self.blocks, self.families, self.old, self.crcs, self.births)
         return struct.pack("<I4x", len(self)) + b"".join(part.tobytes() for part in parts)
 
     @staticmethod
     def unpack(payload: bytes) -> Moves:
         (count,) = struct.unpack_from("<I", payload)
         at, parts = 8, []
-        for code, width in (("Q", 8), ("I", 4), ("I", 4), ("I", 4)):
-            parts.append(array(code, payload[at : at + width * count]))
+        for code, width in (("Q", 8), ("I", 4), ("I", 4), ("I", 4), ("Q", 16)):
+            whole = at + width * count <= len(payload)  # the padding of an old record is less than one birth
+            parts.append(array(code, payload[at : at + width * count] if whole else b""))
             at += width * count
-        return Moves(parts[1], parts[0], parts[2], parts[3])
+        return Moves(parts[1], parts[0], parts[2], parts[3], parts[4])
 
 
-MOVE_BYTES = 20
+MOVE_BYTES = 36
 """What a block takes in a SUMMARY."""

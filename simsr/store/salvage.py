@@ -145,7 +145,7 @@ class Salvage:
             if segment is not None and segment.log_index:
                 area = memoryview(bytearray(self.store.geometry.record_area_bytes))
                 segment.file.pread(area, 0)
-                blocks = blocks_in(area, segment.salt, self.store.geometry)
+                blocks = blocks_in(area, segment)
                 places = blocks.places.astype(np.uint64) | np.uint64(segment.slot << self._shift)
                 parts.append((blocks.families.astype(np.uint64), blocks.numbers, blocks.crcs.astype(np.uint64), places))
         copies: dict[tuple[int, int, int], list[int]] = defaultdict(list)

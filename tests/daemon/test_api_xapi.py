@@ -122,3 +122,98 @@ def test_changed_blocks_in_two_srs(alone):
     alone.act(disk, "cbt", enabled=True)
     snapshot = alone.snapshot(disk)
     alone.error("NoChangedBlocks", "GET", f"/v1/vdis/{snapshot['uuid']}/changed_blocks/{other['uuid']}")
+
+
+# Destroying data.
+
+
+def tracked(api, size_bytes=4 * MIB):
+    disk = api.vdi(size_bytes)
+    return api.act(disk, "cbt", enabled=True)
+
+
+def test_data_destroy(api):
+    disk = tracked(api)
+    write(disk, 0, b"a" * MIB)
+    first = api.snapshot(disk)
+    write(disk, UNIT, b"b")
+    second = api.snapshot(disk)
+    write(disk, 3 * MIB, b"c" * UNIT)
+    for _ in range(2):
+        gone = api.act(first, "data_destroy")
+        assert (gone["type"], gone["cbt_enabled"], gone["size_bytes"], gone["snapshot_of"]) == ("cbt_metadata", True, 4 * MIB, disk["uuid"])
+    assert gone["physical_utilisation_bytes"] <= 4096 and gone["attached"] == []
+    assert (changed(api, first, second), changed(api, first, disk)) == ([1], [1, 48])
+    api.act(second, "data_destroy")
+    assert (changed(api, first, second), changed(api, second, disk)) == ([1], [48])
+    api.delete(second)
+    assert changed(api, first, disk) == [1, 48]
+    api.delete(first)
+
+
+def test_what_cannot_be_done_without_data(api):
+    disk = tracked(api)
+    snapshot = api.snapshot(disk)
+    api.act(snapshot, "data_destroy")
+    path = f"/v1/vdis/{snapshot['uuid']}"
+    with Unchanged(api):
+        for operation, body in (
+            ("snapshot", {}), ("clone", {}), ("revert", None), ("resize", {"size_bytes": 8 * MIB}), ("compose", {"parent": disk["uuid"]}),
+            ("attach", {"client": "a", "writable": False}), ("cbt", {"enabled": False}),
+        ):  # fmt: skip
+            assert api.error("WrongKind", "POST", f"{path}/{operation}", body)["xenapi_code"] == "VDI_INCOMPATIBLE_TYPE"
+        api.error("WrongKind", "PATCH", path, {"on_boot": "reset"})
+        api.error("WrongKind", "GET", f"{path}/diff/{disk['uuid']}")
+    with pytest.raises(ConnectionResetError):
+        Nbd(api.simsrd.nbd_socket, snapshot["uuid"])
+    assert api.ok("PATCH", path, {"name": "only a name"})["name"] == "only a name"
+
+
+def test_whose_data_is_not_destroyed(api):
+    disk = tracked(api)
+    plain = api.snapshot(api.vdi())
+    snapshot = api.snapshot(disk)
+    api.act(snapshot, "attach", client="a", writable=False)
+    with Unchanged(api):
+        api.error("WrongKind", "POST", f"/v1/vdis/{disk['uuid']}/data_destroy")
+        api.error("NoCbt", "POST", f"/v1/vdis/{plain['uuid']}/data_destroy")
+        api.error("VdiInUse", "POST", f"/v1/vdis/{snapshot['uuid']}/data_destroy")
+    api.act(snapshot, "detach", 204, client="a")
+    api.act(snapshot, "data_destroy")
+
+
+# Composing.
+
+
+def test_compose(api):
+    parent, child = api.vdi(), api.vdi(name="child")
+    write(parent, 0, b"p" * MIB)
+    write(child, 4096, b"c" * 8192)
+    write(child, MIB - 4096, b"e" * 4096)
+    done = api.act(child, "compose", parent=parent["uuid"])
+    assert done == api.show(child) and (done["uuid"], done["name"]) == (child["uuid"], "child")
+    assert read(child, 0, MIB) == b"p" * 4096 + b"c" * 8192 + b"p" * (MIB - 16384) + b"e" * 4096
+    assert read(parent, 0, MIB) == b"p" * MIB
+    api.delete(parent)
+    write(child, 0, b"x")
+    assert read(child, 0, 3) == b"xpp"
+    api.delete(child)
+
+
+def test_what_is_not_composed(api):
+    small, large = api.vdi(), api.vdi(2 * MIB)
+    snapshot = api.snapshot(large)
+    path = f"/v1/vdis/{small['uuid']}/compose"
+    with Unchanged(api):
+        api.error("BadSize", "POST", path, {"parent": large["uuid"]})
+        api.error("WrongKind", "POST", path, {"parent": small["uuid"]})
+        api.error("NotFound", "POST", path, {"parent": "nothing"})
+        api.error("VdiReadOnly", "POST", f"/v1/vdis/{snapshot['uuid']}/compose", {"parent": small["uuid"]})
+        api.error("BadRequest", "POST", path, {})
+    for used, other in ((small, large), (large, small)):
+        with Nbd(used["nbd_socket"]):
+            api.error("VdiInUse", "POST", f"/v1/vdis/{large['uuid']}/compose", {"parent": small["uuid"]})
+    with Unchanged(api):
+        pass
+    for vdi in (snapshot, small, large):
+        api.delete(vdi)

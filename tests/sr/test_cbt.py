@@ -13,7 +13,7 @@ UNIT = 16  # blocks
 
 
 def bits(bitmap: bytes) -> list[int]:
-    return [index for index in range(len(bitmap) * 8) if bitmap[index >> 3] & (0x80 >> (index & 7))]
+    return [8 * at + bit for at, byte in enumerate(bitmap) if byte for bit in range(8) if byte & (0x80 >> bit)]
 
 
 def changed(sr: Repository, old, new) -> list[int]:

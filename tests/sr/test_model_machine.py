@@ -16,9 +16,11 @@ from hypothesis import HealthCheck, note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 from sr_kit import BLOCK, STYLES, World, check, content
+from test_drafts import build
 
-from simsr.errors import NotASnapshot, NotFound, ShrinkRefused, SnapshotOfOther, VdiInUse, VdiReadOnly, WrongKind
+from simsr.errors import NoCbt, NotASnapshot, NotFound, ShrinkRefused, SnapshotOfOther, VdiInUse, VdiReadOnly, WrongKind
 from simsr.sr import boot
+from simsr.sr.drafts import Destruction
 
 SIZES = st.integers(1, 12 * 8).map(lambda sectors: sectors * 512)
 VDIS_MAX = 12
@@ -32,6 +34,7 @@ class Held:
     meta: tuple  # sorted items of what `Vdi.describe` says, without what follows from the content and from attachments
     family: str
     base: bytes | None = None  # of a disk with on_boot=reset
+    destroyed: bool = False  # its data; ``content`` is what it was
 
     def get(self, field: str):
         return dict(self.meta)[field]
@@ -128,6 +131,8 @@ class ModelMachine(RuleBasedStateMachine):
 
     def descend_from(self, source, is_snapshot):
         held = self.state[source]
+        if held.destroyed:
+            return self.refused(WrongKind, lambda: self.sr.snapshot(self.sr.get(source)))
         vdi = (self.sr.snapshot if is_snapshot else self.sr.clone)(self.sr.get(source))
         kept = {key: held.get(key) for key in ("name", "description", "type", "sm_config")}
         kept["cbt_enabled"] = is_snapshot and held.get("cbt_enabled")
@@ -150,7 +155,7 @@ class ModelMachine(RuleBasedStateMachine):
         held = self.state[uuid]
         act = lambda: self.sr.resize(self.sr.get(uuid), size_bytes)
         if not held.writable:
-            self.refused(VdiReadOnly, act)
+            self.refused(WrongKind if held.destroyed else VdiReadOnly, act)
         elif size_bytes < len(held.content):
             self.refused(ShrinkRefused, act)
         else:
@@ -231,6 +236,8 @@ class ModelMachine(RuleBasedStateMachine):
         source = self.state[snapshot]
         target = self.any_vdi(data) if not explicit else source.get("snapshot_of")
         act = lambda: self.sr.revert(self.sr.get(snapshot), target if not explicit else None)
+        if source.destroyed:
+            return self.refused(WrongKind, act)
         if target not in self.state:
             return self.refused(NotFound, act)
         held = self.state[target]
@@ -309,6 +316,23 @@ class ModelMachine(RuleBasedStateMachine):
         self.state[uuid] = held.with_meta(cbt_enabled=enabled)
         self.remember()
 
+    @precondition(lambda self: any(held.get("is_a_snapshot") for held in self.state.values()))
+    @rule(data=st.data())
+    def destroy_data(self, data):
+        uuid = self.pick(data, [uuid for uuid, held in self.state.items() if held.get("is_a_snapshot")], "snapshot")
+        held, begin = self.state[uuid], lambda: Destruction(self.sr, self.sr.get(uuid))
+        if held.destroyed or not held.get("cbt_enabled"):
+            return self.refused(WrongKind if held.destroyed else NoCbt, begin)
+        if self.attached.get(uuid):
+            return self.refused(VdiInUse, begin)
+        draft = begin()
+        self.remember()
+        build(draft, self.remember)
+        self.remember()
+        draft.finish()
+        self.state[uuid] = replace(held.with_meta(type="cbt_metadata"), destroyed=True)
+        self.remember()
+
     # Use.
 
     @precondition(lambda self: self.state)
@@ -318,8 +342,8 @@ class ModelMachine(RuleBasedStateMachine):
         held, users = self.state[uuid], self.attached.setdefault(uuid, {})
         act = lambda: self.sr.attach(self.sr.get(uuid), client, client, writable, "attach")
         others = [mode for other, mode in users.items() if other != client]
-        if writable and not held.writable:
-            self.refused(VdiReadOnly, act)
+        if held.destroyed or (writable and not held.writable):
+            self.refused(WrongKind if held.destroyed else VdiReadOnly, act)
         elif not held.get("sharable") and others and (writable or any(others)):
             self.refused(VdiInUse, act)
         else:
@@ -366,6 +390,8 @@ class ModelMachine(RuleBasedStateMachine):
     def part_of_a_write(self, after: State, between: Sequence[bytes]):
         """The log ends within a write: each of its blocks is as it was at some point of it."""
         for uuid, held in self.state.items():
+            if held.destroyed:
+                continue
             now = content(self.sr.get(uuid))
             versions = [held.content] if after[uuid] == held else [held.content, *between, after[uuid].content]
             assert len(now) == len(held.content)
@@ -386,14 +412,17 @@ class ModelMachine(RuleBasedStateMachine):
         assert set(sr.vdis) == set(self.state)
         for uuid, held in self.state.items():
             vdi = sr.get(uuid)
-            assert content(vdi) == held.content, f"the content of {uuid} differs"
+            assert held.destroyed or content(vdi) == held.content, f"the content of {uuid} differs"
             bases = [sr.store.volumes[ident] for ident in boot.bases(vdi)]
             assert [base.read_bytes(0, base.size_bytes) for base in bases] == ([] if held.base is None else [held.base])
             described = vdi.describe()
             users = {a["client"]: a["writable"] for a in described.pop("attached")}
             assert users == self.attached.get(uuid, {})
             assert described.pop("family") == held.family
-            assert described == held.described()
+            wanted = held.described()
+            if held.destroyed:
+                del described["physical_utilisation_bytes"], wanted["physical_utilisation_bytes"]
+            assert described == wanted
 
 
 def test_model(request):
