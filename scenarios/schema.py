@@ -324,4 +324,4 @@ TABLES: dict[type[Table], str] = {
 def json_schema() -> dict[str, Any]:
     """The JSON Schema (2020-12) of the format, for editors."""
     schema = Scenario.model_json_schema(by_alias=True, mode="validation")
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "simsr scenario", **schema}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "simsr scenario"}

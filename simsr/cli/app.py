@@ -17,7 +17,7 @@ from simsr.cli.mounts import mount, mounts, umount
 from simsr.cli.personality import personality_commands
 from simsr.cli.repositories import sr_commands
 from simsr.cli.smapi import smapi_commands
-from simsr.cli.scenarios import fault_commands, scenario_commands
+from simsr.cli.scenarios import fault_commands, read_scenario, scenario_commands
 from simsr.cli.space import diff
 from simsr.cli.tls_setup import tls_setup
 from simsr.cli.xapi import xapi_commands
@@ -140,7 +140,7 @@ def export_command(
 
 @app.command(
     "run",
-    options_metavar="--size SIZE [--root DIR] -- CMD ...",
+    options_metavar="--size SIZE [--root DIR] [--scenario FILE] -- CMD ...",
     context_settings={"allow_interspersed_args": False, "allow_extra_args": True},
 )
 def run_command(
@@ -148,6 +148,9 @@ def run_command(
     size: Annotated[str, typer.Option("--size", metavar="SIZE", help="Size of the VDI, such as 1GiB.")],
     root: Annotated[
         Optional[str], typer.Option("--root", metavar="DIR", help="Keep the store here; else it is temporary.")
+    ] = None,
+    scenario: Annotated[
+        Optional[str], typer.Option("--scenario", metavar="FILE", help="In force while CMD runs: a file, or a name of the library.")
     ] = None,
 ) -> None:
     """Run a command beside a VDI of its own.
@@ -160,4 +163,7 @@ def run_command(
     if not context.args:
         raise typer.BadParameter("no command to run; write it behind --", context)
     session: Session = context.obj
-    raise typer.Exit(run_captive(context.args, size_bytes=parse_size(size), root=root, debug=session.debug))
+    chosen = None if scenario is None else read_scenario(scenario)
+    raise typer.Exit(
+        run_captive(context.args, size_bytes=parse_size(size), root=root, debug=session.debug, scenario=chosen)
+    )

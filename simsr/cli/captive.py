@@ -32,11 +32,19 @@ _FORWARDED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, sign
 _IGNORED_BY_PYTHON = [signal.SIGPIPE, signal.SIGXFSZ]
 
 
-def run_captive(command: list[str], *, size_bytes: int, root: str | None, debug: bool) -> int:
-    """Run ``command`` beside a daemon with a VDI of ``size_bytes`` and return the exit status to end with."""
+def run_captive(
+    command: list[str], *, size_bytes: int, root: str | None, debug: bool, scenario: dict[str, Any] | None = None
+) -> int:
+    """Run ``command`` beside a daemon with a VDI of ``size_bytes`` and return the exit status to end with.
+
+    ``scenario``: what the API takes to put one in force, from before the command begins until it has ended.
+    """
     lasting = root is not None
     with _root(root) as directory, _daemon(directory, debug) as socket, _disk(socket, size_bytes, lasting) as vdi:
         environment = {**os.environ, "uri": vdi["nbd_uri"], "vdi": vdi["uuid"], "SIMSR_SOCKET": socket}
+        if scenario is not None:
+            with contextlib.closing(Client(socket)) as client:
+                client.post("/v1/scenario", scenario)
         return _run([word.replace("{uri}", vdi["nbd_uri"]) for word in command], environment)
 
 

@@ -25,6 +25,7 @@ from simsr import __version__
 from simsr.daemon.answers import error_answer
 from simsr.daemon.api_history import history_router
 from simsr.daemon.api_mounts import mounts_router
+from simsr.daemon.api_metrics import metrics_router
 from simsr.daemon.api_nbd import nbd_router
 from simsr.daemon.api_personality import personality_router
 from simsr.daemon.api_scenario import ControlGate, scenario_router
@@ -220,6 +221,7 @@ def make_app(host: Host, control_socket: str | None, nbd_tcp: str | None, https:
     app.include_router(nbd_router(host))
     app.include_router(scrub_router(host))
     app.include_router(scenario_router(host))
+    app.include_router(metrics_router(host))
     walks = Walks(host)
     app.include_router(space_router(host, walks))
     app.include_router(history_router(host, walks, VdiOut, _describe_vdi))

@@ -195,7 +195,7 @@ def scenario_router(host: Host) -> APIRouter:
     @router.delete("/v1/faults/{name}", response_model=InForceOut)
     async def remove_fault(name: str) -> dict:
         """Take a rule out of force and let go what hangs because of it."""
-        return theatre.playing.remove_rule(unquote(name))
+        return theatre.remove_rule(unquote(name))
 
     @router.post("/v1/faults-reset", response_model=InForceOut)
     async def reset_faults() -> dict:

@@ -32,12 +32,15 @@ from simsr.daemon.trace_files import TraceFiles
 from simsr.sr.vdi import Vdi
 from simsr.store.store import Create, Delete, Op, Reset, Resize
 
-__all__ = ["ScenarioRun", "NOTES_MAX"]
+__all__ = ["ScenarioRun", "LIVE", "NOTES_MAX"]
 
 log = logging.getLogger("simsr.scenario")
 
 NOTES_MAX = 4096
 """Phases and events that are kept for whoever asks later."""
+
+LIVE = "live"
+"""The name of the empty scenario that is made for live rules."""
 
 GROUP_KEY = "simsr-group"
 """In sm_config: the groups that a VDI is in, for ``scope = "group:NAME"``."""
@@ -116,6 +119,15 @@ class ScenarioRun:
     def _script_all(self) -> None:
         for attached in self._vdis.values():
             self._script(attached)
+
+    @property
+    def is_live(self) -> bool:
+        return self.engine.scenario.name == LIVE
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is in force and no disk is damaged."""
+        return not self.engine.live_rules and all(attached.rules.overlay.is_quiet for attached in self._vdis.values())
 
     # What happens to volumes in the meantime.
 

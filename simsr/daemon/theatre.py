@@ -20,7 +20,7 @@ from scenarios.request import Effect, Request
 from scenarios.schema import Scenario
 from simsr.daemon.alarm import Alarm
 from simsr.daemon.engine import Disk, Engine
-from simsr.daemon.scenario_run import ScenarioRun
+from simsr.daemon.scenario_run import LIVE, ScenarioRun
 from simsr.daemon.trace_files import TraceFiles
 from simsr.errors import InjectedFault, NoScenario, ScenarioRunning
 from simsr.sr.vdi import Vdi
@@ -116,13 +116,22 @@ class Theatre:
         play = self.play
         began = play is None
         if play is None:
-            play = await self._begin(Scenario(simsr=1, name="live"), None, TraceFiles(None))
+            play = await self._begin(Scenario(simsr=1, name=LIVE), None, TraceFiles(None))
         try:
             return play.add_rule(data, name)
         except BaseException:
             if began:
                 self.stop()
             raise
+
+    def remove_rule(self, name: str) -> dict[str, Any]:
+        """Take a rule out of force. The scenario that was made for live rules ends with the last of them, unless damage is left.
+        Raises `NoScenario`, `NotFound`."""
+        play = self.playing
+        answer = play.remove_rule(name)
+        if play.is_live and play.is_idle:
+            self.stop()
+        return answer
 
     # The control plane.
 

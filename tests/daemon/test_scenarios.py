@@ -196,6 +196,16 @@ class TestControlPlane:
             simsrd.end()
 
 
+def test_metrics(api, vdi):
+    add(api, "slow", match={"op": "read", "vdi": vdi["uuid"]}, action={"delay": "1us"})
+    with connected(vdi) as client:
+        client.pread(512, 0)
+        lines = api.get("/metrics").text.splitlines()
+    assert 'simsr_rule_hits_total{rule="slow",scenario="live"} 1.0' in lines
+    assert any(line.startswith("simsr_sr_used_bytes{") for line in lines)
+    assert "simsr_nbd_connections 1.0" in lines
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         "text, says",
