@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
-from simsr.personalities import find_personality, personality_names
+from simsr.personalities import PERSONALITIES, find_personality, personality_names
+from simsr.units import format_size
 
 
 def test_list(simsr):
@@ -33,3 +35,18 @@ def test_sr_create_sends_it(simsr, daemon):
     assert simsr("sr", "create", "main", "--personality", "ext+revert").status == 0
     assert daemon.requests[-1][2] == {"name": "main", "personality": "ext+revert"}
     assert "LIKE" in simsr("sr", "list").lines[0] and "like:" in simsr("sr", "status").out
+
+
+def test_the_page_has_the_table():
+    page = (Path(__file__).parents[2] / "docs/personalities.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| `")]
+    assert [row[0].strip("`") for row in rows] == list(PERSONALITIES)
+    for name, description, driver, space, formats, reverts, chain, capabilities in rows:
+        like = PERSONALITIES[name.strip("`")]
+        base, _, without = capabilities.partition("; without ")
+        told = {"VDI_CREATE", "VDI_DELETE", "VDI_ATTACH", "VDI_DETACH"} - set(without.split()) | set(base.split())
+        assert (description, driver, formats.split(), told) == (like.description, like.driver or "", list(like.formats), set(like.capabilities))
+        assert space == f"{'thick' if like.thick else 'thin'}, {format_size(like.allocation_unit_bytes)}"
+        assert chain == str(like.chain_max or "")
+        possible = [form for form, what in like.formats.items() if what.reverts] if like.could_revert else []
+        assert reverts.removesuffix(" (as it is)").split() == possible and reverts.endswith("(as it is)") == like.can_revert
