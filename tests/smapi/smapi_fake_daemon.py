@@ -73,6 +73,9 @@ class FakeDaemon(Model):
         return found[0]
 
     def handle(self, method, target, headers, body):
+        stopped = self.stopped()
+        if stopped == "gone":
+            return None
         path, _, query = target.partition("?")
         document = json.loads(body) if body else None
         template = re.sub(r"^/v1/(srs|vdis)/[^/]+", lambda match: f"/v1/{match[1]}/{{{match[1][:-1]}}}", path)
@@ -87,6 +90,8 @@ class FakeDaemon(Model):
             if failure is None or isinstance(failure[1], bytes):
                 return failure
             status, answer = failure
+        if stopped:
+            return None
         return status, b"" if answer is None else json.dumps(answer).encode()
 
     def route(self, method, template, parts, query, body):

@@ -90,12 +90,18 @@ class FakeXapi(Model):
     def handle(self, method, target, headers, body):
         assert (method, target, headers["Content-Type"]) == ("POST", "/", "text/xml")
         parameters, name = xmlrpc.client.loads(body)
+        stopped = self.stopped()
+        is_invalid = stopped and self.fails_how == "invalid"  # the server is there, the session has ended
+        if stopped == "gone" and not is_invalid:
+            return None
         with self.lock:
             self.calls.append((name, parameters[1:]))
             self.headers.append(dict(headers))
         if name in self.garbage:
             return self.garbage[name]
         try:
+            if is_invalid:
+                raise Refused(["SESSION_INVALID", parameters[0]])
             self.interfere(name)
             with self.lock:
                 answer = {"Status": "Success", "Value": self.call(name, *parameters)}
@@ -103,6 +109,8 @@ class FakeXapi(Model):
             if refusal.args[0] is None:
                 return None
             answer = {"Status": "Failure", "ErrorDescription": refusal.args[0]}
+        if stopped == "done":
+            return None
         return 200, xmlrpc.client.dumps((answer,), methodresponse=True).encode()
 
     def call(self, name, session_ref, *parameters):

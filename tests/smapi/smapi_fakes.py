@@ -65,6 +65,9 @@ class Model:
         self.lock = threading.Lock()
         self.failures = {}
         self.before = {}
+        self.steps = 0
+        self.fails_from = None
+        self.fails_how = ""
         self.hung = threading.Event()
         self.released = threading.Event()
 
@@ -73,6 +76,21 @@ class Model:
         self.hung.set()
         self.released.wait()
         raise Refused(None)
+
+    def fail_from(self, step, how):
+        """From request number `step` on do nothing and answer nothing: `how` is "gone", or "done" to do this one first."""
+        self.steps, self.fails_from, self.fails_how = 0, step, how
+
+    def work(self):
+        """Answer all requests again."""
+        self.fails_from = None
+
+    def stopped(self):
+        """Count a request. Returns None, or what keeps it from being answered: "gone", "done"."""
+        self.steps += 1
+        if self.fails_from is None or self.steps <= self.fails_from:
+            return None
+        return self.fails_how if self.steps == self.fails_from + 1 else "gone"
 
     def interfere(self, key):
         """Do what the test has prepared for requests called `key`."""
