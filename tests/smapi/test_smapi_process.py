@@ -122,6 +122,20 @@ def test_unknown_members_and_a_missing_command_member_are_fine(alone):
     })) is smapi_wire.NIL
 
 
+def test_odd_names_through_a_process(alone, daemon):
+    """The environment says nothing about an encoding; names are bytes of UTF-8 all the same, and control characters are dropped."""
+    name = "Grüße, 世界 \U0001f600 <&>\"' \x7f\x85\ufffd ]]> %s \\"
+    answer = run_plugin(alone.document("vdi_create", ["1048576", name + "\x00\x07", " \t" + name]))
+    vdi = daemon.vdis[smapi_wire.check_vdi_info(answer)]
+    assert (vdi["name"], vdi["description"]) == (name, " \t" + name)
+
+
+def test_bytes_that_are_no_text(alone, daemon):
+    document = alone.document("vdi_create", ["1048576", "NAME"]).replace(b"NAME", b"\xff\xfe")
+    refusal(document)
+    assert daemon.requests == []
+
+
 ENTITIES = b"".join(b'<!ENTITY e%d "%s">' % (level, b"&e%d;" % (level - 1) * 10) for level in range(1, 12))
 
 
@@ -150,7 +164,9 @@ def test_nested_and_huge_values_of_known_members(alone):
     refusal(alone.document("sr_update").replace(b"<value><array><data/></array></value>", deep))
     unknown = b"<struct><member><name>unknown</name>" + deep + b"</member>"
     assert run_plugin(alone.document("sr_update").replace(b"<struct>", unknown, 1)) is smapi_wire.NIL
-    alone.call("vdi_create", ["1048576", "n" * 100_000, ""])
+    document = alone.document("vdi_create", ["1048576", "ü" * 51_200, ""])
+    assert len(document) > 100 * 1024
+    smapi_wire.check_vdi_info(run_plugin(document))
 
 
 @pytest.mark.parametrize("command, args", [*VDI_COMMANDS.items(), *SR_COMMANDS.items()])

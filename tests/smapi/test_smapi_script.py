@@ -97,3 +97,10 @@ def test_doc_page_names_every_command_key_and_fault(script):
         assert f"`{name}`" in text or f"SimSR{name}" in text, name
     for number in sorted({int(number) for number in re.findall(r"SmFault\((\d+)", PLUGIN.read_text())}):
         assert re.search(rf"^\| {number}\b", text, re.MULTILINE), number
+
+
+def test_doc_page_names_tests_that_exist():
+    table = DOC.read_text().partition("## The contract, point by point")[2]
+    named = set(re.findall(r"`(test_\w+)`", table))
+    there = {name for path in Path(__file__).parent.glob("test_*.py") for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)}
+    assert len(named) > 30 and not named - there
