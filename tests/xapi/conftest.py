@@ -3,7 +3,7 @@ a server leaves it running; one that needs a world to itself makes it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from wrapped_driver import Plan, wrapped
@@ -20,8 +20,8 @@ def upstream() -> Iterator[World]:
 
 @pytest.fixture(scope="session")
 def fixed() -> Iterator[World]:
-    """xapi with the gaps of VM.revert filled."""
-    world = World("--fidelity", "fixed")
+    """xapi with the gaps of VM.revert filled; its driver can be told to fail as well (`plan_for`)."""
+    world = World("--fidelity", "fixed", drivers={"SimSR": wrapped(), "OddSR": wrapped()})
     yield world
     world.close()
 
@@ -49,10 +49,23 @@ def wrapped_world() -> Iterator[World]:
 
 
 @pytest.fixture
-def plan(wrapped_world: World) -> Iterator[Plan]:
-    """What the wrapped drivers do next; forgotten after the test."""
-    plan = Plan(wrapped_world)
-    plan.set()
-    plan.forget_calls()
-    yield plan
-    plan.set()
+def plan_for() -> Iterator[Callable[[World], Plan]]:
+    """``plan_for(world)``: what the wrapped drivers of a world do next; forgotten after the test."""
+    plans: list[Plan] = []
+
+    def make(world: World) -> Plan:
+        plan = Plan(world)
+        plan.set()
+        plan.forget_calls()
+        plans.append(plan)
+        return plan
+
+    yield make
+    for plan in plans:
+        plan.set()
+
+
+@pytest.fixture
+def plan(wrapped_world: World, plan_for: Callable[[World], Plan]) -> Plan:
+    """The plan for `wrapped_world`."""
+    return plan_for(wrapped_world)

@@ -1,4 +1,12 @@
-"""The conformance list: the stock client, real plug-in processes, a real simsrd and real data."""
+"""xenapi_model.md section 14, the conformance list: the stock client, real plug-in processes, a real simsrd and real data.
+
+1 login, records, events   `test_login_records_and_event_loop`
+2 a VM from nothing        `test_a_vm_from_nothing_to_running`
+3 old data is back         `test_old_data_is_back_after_a_revert`
+4 with the feature or not  `test_what_the_feature_changes`, `test_clients_see_the_feature`
+5 CloudStack's sequence    ``test_demo_cloudstack.py`` the whole of it, ``test_revert_behaviours.py::test_stock_cloudstack_script``
+6 revert and scan at once  `test_concurrent_revert_and_scan`
+"""
 
 from __future__ import annotations
 
@@ -72,6 +80,15 @@ def test_what_the_feature_changes(upstream, feature):
         assert x.VDI.get_snapshot_of(copy["VDI"]) == vbd["VDI"]
     messages = [message["body"] for message in x.message.get_all_records().values() if message["obj_uuid"] == x.VM.get_uuid(vm)]
     assert messages == [f"VM 'feature' (uuid: {x.VM.get_uuid(vm)}) reverted to snapshot: one (uuid {x.VM.get_uuid(snapshot)})"]
+
+
+def test_clients_see_the_feature(wrapped_world):
+    """In SR.allowed_operations and SM.features, with a driver that has it and one that has not."""
+    x = wrapped_world.x
+    for kind, there in (("odd", True), ("norevert", False)):
+        [sm] = [record for record in x.SM.get_all_records().values() if record["type"] == kind]
+        assert ("VDI_REVERT" in sm["features"]) is there is ("VDI_REVERT" in sm["capabilities"])
+        assert ("vdi_revert" in x.SR.get_allowed_operations(wrapped_world.shared_sr(kind))) is there
 
 
 def test_concurrent_revert_and_scan(upstream):

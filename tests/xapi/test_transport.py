@@ -211,6 +211,23 @@ def test_sockets_and_files_are_private(world):
         assert (world.folder / "xapi" / name).stat().st_mode & 0o077 == 0, name
 
 
+def test_no_secrets_in_log_or_arguments(world):
+    """Passwords and sessions of clients, right and wrong ones, and the sessions lent to plug-ins."""
+    sr = world.sr("secrets", size=32 * 2**20)
+    lent = XenAPI.Session(f"http://{world.xapi.tcp}")
+    assert failure(lent.login_with_password, "root", "a wrong secret")[0] == "SESSION_AUTHENTICATION_FAILED"
+    assert failure(world.x.VM.get_record, "OpaqueRef:x")[0] == "HANDLE_INVALID"
+    assert failure(world.x.SR.create, world.host, world.device_config(password="p4ss"), "x", "x", "", "sim", "", False, {})
+    said = world.xapi_log() + "".join(
+        (world.folder.joinpath("/proc", str(world.xapi.process.pid), name)).read_text() for name in ("cmdline", "environ")
+    )
+    for secret in ("open sesame", "a wrong secret", "p4ss", world.session._session):
+        assert secret not in said
+    lent("close")()
+    world.x.PBD.unplug(world.x.SR.get_PBDs(sr)[0])
+    world.x.SR.forget(sr)
+
+
 def test_two_servers_for_one_root(world):
     command = [sys.executable, "-m", "simsr.cli.main", "xapi", "serve", "--root", str(world.folder / "xapi")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
