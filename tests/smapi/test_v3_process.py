@@ -19,12 +19,13 @@ import pytest
 from smapi_kit import SR_UUID
 from v3_kit import DATAPATH, TREE, VOLUME, ScriptError, call, finish, script, start
 
+KEY = "2614d96b-112f-4d48-aaf2-1c0860b3ea91"
 TOP = Path(__file__).parents[2]
 SPECIFIED = {  # the interface's methods that xapi calls
     "volume": "Plugin.Query Plugin.diagnostics SR.probe SR.create SR.attach SR.detach SR.destroy SR.stat SR.ls SR.set_name "
     "SR.set_description Volume.create Volume.snapshot Volume.clone Volume.destroy Volume.revert Volume.stat Volume.set "
     "Volume.unset Volume.set_name Volume.set_description Volume.resize Volume.compare Volume.similar_content "
-    "Volume.enable_cbt Volume.disable_cbt Volume.list_changed_blocks",
+    "Volume.enable_cbt Volume.disable_cbt Volume.data_destroy Volume.list_changed_blocks Volume.compose",
     "datapath": "Plugin.Query Datapath.open Datapath.attach Datapath.activate Datapath.activate_readonly "
     "Datapath.deactivate Datapath.detach Datapath.close",
 }
@@ -96,7 +97,7 @@ def test_query():
     assert all(type(answer[key]) is str and answer[key] for key in texts)
     assert answer["required_api_version"] == "5.0" and VOLUME.name == "org.xen.xapi.storage." + answer["plugin"]
     assert answer["plugin"] == answer["plugin"].lower() and answer["required_cluster_stack"] == []
-    assert {"VDI_REVERT", "THIN_PROVISIONING", "LARGE_VDI", "VDI_RESIZE_ONLINE"} <= set(answer["features"])
+    assert {"VDI_REVERT", "THIN_PROVISIONING", "LARGE_VDI", "VDI_RESIZE_ONLINE", "VDI_CONFIG_CBT"} <= set(answer["features"])
     assert all(type(text) is str for item in answer["configuration"].items() for text in item)
     assert type(call("Plugin.diagnostics")) is str
 
@@ -191,6 +192,16 @@ def test_unsupported_and_only_that_lets_xapi_clone(folder):
         with pytest.raises(ScriptError) as caught:
             call("SR.attach", configuration={"sr_uuid": SR_UUID, "socket": path})
     assert (caught.value.code, caught.value.params) == ("UNIMPLEMENTED_IN_SM_BACKEND", ["no"])
+
+
+@pytest.mark.parametrize("path", ["/a:b/x.sock", "/a b/x.sock"])
+def test_an_address_that_xapi_cannot_read_is_refused(folder, path):
+    body = json.dumps({"uuid": KEY, "sr": SR_UUID, "nbd_socket": path}).encode()
+    uri = f"nbd+simsr:///{SR_UUID}/{KEY}?socket={folder}/control.sock"
+    with answering(f"{folder}/control.sock", b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)):
+        with pytest.raises(ScriptError) as caught:
+            call("Datapath.attach", uri=uri, domain="5")
+    assert caught.value.code == "SR_BACKEND_FAILURE_46" and path in caught.value.text and "--root" in caught.value.text
 
 
 def test_the_log_names_the_call_and_no_secrets(silent_syslog, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 
 from simsr.cli.child_daemon import ChildDaemon, short_temporary_directory
 from smapi_kit import SR_UUID
-from v3_kit import SR_STAT, ScriptError, Volumes, call, checked, finish, qemu_io, script, start
+from v3_kit import SR_STAT, ScriptError, Volumes, call, checked, finish, nbd_io, script, start
 
 MIB = 1 << 20
 OTHER_SR = "99999999-3a52-4b8d-a4a3-2d1c6f7e4404"
@@ -214,7 +214,7 @@ def test_destroy_takes_the_clone_that_was_booted_from_with_it(volumes):
 
 def test_revert_brings_content_and_size_back_and_leaves_everything_else(volumes):
     disk = volumes.create(4 * MIB)
-    qemu_io(disk, "write -P 0x11 0 1M", "flush")
+    nbd_io(disk, "write -P 0x11 0 1024k")
     snapshot = volumes.snapshot(disk)
     for key, value in (("content_id", "c"), ("tag", "t")):
         volumes.call("Volume.set", key=disk["key"], k=key, v=value)
@@ -222,9 +222,9 @@ def test_revert_brings_content_and_size_back_and_leaves_everything_else(volumes)
     volumes.call("Volume.set_name", key=disk["key"], new_name="renamed")
     before, kept = volumes.stat(disk), volumes.stat(snapshot)
     for pattern in ("0x22", "0x33"):
-        qemu_io(disk, f"write -P {pattern} 0 4M")
+        nbd_io(disk, f"write -P {pattern} 0 4096k")
         assert volumes.call("Volume.revert", snapshot=snapshot["key"], key=disk["key"]) is None
-        qemu_io(disk, "read -P 0x11 0 1M", "read -P 0 1M 3M")
+        nbd_io(disk, "read -P 0x11 0 1024k", "read -P 0 1024k 3072k")
         after = volumes.stat(disk)
         assert after == {**before, "virtual_size": 4 * MIB, "physical_utilisation": after["physical_utilisation"]}
         assert volumes.stat(snapshot) == kept
@@ -251,7 +251,7 @@ def test_compare_tells_where_volumes_differ(volumes):
     disk = volumes.create(4 * MIB)
     snapshot = volumes.snapshot(disk)
     assert volumes.call("Volume.compare", key=disk["key"], key2=snapshot["key"]) == {"blocksize": 512, "ranges": []}
-    qemu_io(disk, "write -P 1 1M 64k", "write -P 2 1088k 4k", "write -z 2M 4k", "write -P 3 3M 8k")
+    nbd_io(disk, "write -P 1 1024k 64k", "write -P 2 1088k 4k", "write -z 2048k 4k", "write -P 3 3072k 8k")
     expected = {"blocksize": 512, "ranges": [[2048, 136], [6144, 16]]}
     assert volumes.call("Volume.compare", key=disk["key"], key2=snapshot["key"]) == expected
     assert volumes.call("Volume.compare", key=snapshot["key"], key2=disk["key"]) == expected
@@ -283,7 +283,7 @@ def test_changed_blocks_also_across_a_revert(volumes):
     assert volumes.stat(disk)["cbt_enabled"] is True
     first = volumes.snapshot(disk)
     assert first["cbt_enabled"] is True
-    qemu_io(disk, "write -P 1 0 1", "write -P 1 640k 64k", "write -P 1 4095k 1k")
+    nbd_io(disk, "write -P 1 0 1", "write -P 1 640k 64k", "write -P 1 4095k 1k")
     second = volumes.snapshot(disk)
 
     def changed(key, key2, offset=0, length=-1):
@@ -299,3 +299,33 @@ def test_changed_blocks_also_across_a_revert(volumes):
     refused(volumes, 1, "Volume.list_changed_blocks", key=first["key"], key2=disk["key"], offset=-1, length=-1)
     assert volumes.call("Volume.disable_cbt", key=disk["key"]) is None
     assert volumes.stat(disk)["cbt_enabled"] is False
+
+
+def test_a_backup_that_keeps_only_what_tells_changes(volumes):
+    disk = volumes.create(MIB)
+    refused(volumes, 46, "Volume.data_destroy", key=disk["key"])
+    volumes.call("Volume.enable_cbt", key=disk["key"])
+    nbd_io(disk, "write -P 1 0 1024k")
+    snapshot = volumes.snapshot(disk)
+    volumes.call("Volume.set", key=snapshot["key"], k="vdi-type", v="user")
+    for _ in range(2):
+        assert volumes.call("Volume.data_destroy", key=snapshot["key"]) is None
+    after = volumes.stat(snapshot)
+    assert after["volume_type"] == "CBT_Metadata" and after["keys"]["vdi-type"] == "cbt_metadata" and after["cbt_enabled"]
+    nbd_io(disk, "write -P 2 128k 64k")
+    changed = volumes.call("Volume.list_changed_blocks", key=snapshot["key"], key2=disk["key"], offset=0, length=-1)
+    assert bits(changed) == {2}
+    assert volumes.call("Volume.revert", snapshot=volumes.snapshot(disk)["key"], key=disk["key"]) is None
+    refused(volumes, 46, "Volume.revert", snapshot=snapshot["key"], key=disk["key"])
+
+
+def test_compose_lays_a_mirror_over_its_base(volumes):
+    base, mirror = volumes.create(MIB), volumes.create(MIB)
+    nbd_io(base, "write -P 1 0 1024k")
+    nbd_io(mirror, "write -P 2 256k 64k")
+    assert volumes.call("Volume.compose", key=mirror["key"], key2=base["key"]) is None
+    nbd_io(mirror, "read -P 1 0 256k", "read -P 2 256k 64k", "read -P 1 320k 704k")
+    assert base["key"] not in volumes.ls()
+    refused(volumes, 144, "Volume.compose", key=mirror["key"], key2=base["key"])
+    refused(volumes, 46, "Volume.compose", key=mirror["key"], key2=mirror["key"])
+    assert mirror["key"] in volumes.ls()

@@ -9,6 +9,9 @@ import os
 import subprocess
 
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import nbd
 
 from smapi_kit import SR_UUID
 
@@ -105,6 +108,26 @@ class Volumes:
 
     def ls(self):
         return {volume["key"]: checked_volume(volume) for volume in self.call("SR.ls")}
+
+
+def nbd_io(volume, *commands):
+    """Do what qemu-io does with ``read|write [-z] [-P PATTERN] OFFSET LENGTH``, but at once, past the datapath and without a process."""
+    (uri,) = volume["uri"]
+    root = os.path.dirname(parse_qs(urlsplit(uri).query)["socket"][0])
+    handle = nbd.NBD()
+    handle.connect_uri(f"nbd+unix:///{volume['key']}?socket={root}/nbd.sock")
+    for command in commands:
+        verb, *options, offset, length = command.split()
+        offset, length = (int(text.replace("k", "")) * (1024 if "k" in text else 1) for text in (offset, length))
+        pattern = bytes([int(options[1], 0) if options[:1] == ["-P"] else 0]) * length
+        if verb == "read":
+            assert handle.pread(length, offset) == pattern, command
+        elif options == ["-z"]:
+            handle.zero(length, offset)
+        else:
+            handle.pwrite(pattern, offset)
+    handle.flush()
+    handle.shutdown()
 
 
 def qemu_io(volume, *commands, domain="5"):

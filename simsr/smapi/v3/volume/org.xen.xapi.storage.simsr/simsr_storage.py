@@ -12,7 +12,8 @@ from simsr_common import (
 )
 
 SECTOR_BYTES = 512
-VOLUME_FEATURES = ["VDI_REVERT", "VDI_RESIZE_ONLINE", "VDI_ACTIVATE_READONLY", "LARGE_VDI", "THIN_PROVISIONING"]
+VOLUME_FEATURES = ["VDI_REVERT", "VDI_RESIZE_ONLINE", "VDI_ACTIVATE_READONLY", "VDI_CONFIG_CBT", "VDI_COMPOSE",
+                   "LARGE_VDI", "THIN_PROVISIONING"]
 DATAPATH_FEATURES = ["NONPERSISTENT"]
 CONFIGURATION = {
     "socket": "path of simsrd's control socket (default " + DEFAULT_SOCKET + ")",
@@ -153,6 +154,14 @@ def volume_clone(sr, key):
     return sr.volume(sr.act(key, "clone", {"sm_config": inherited(sr.vdi(key))}))
 
 
+def remove_quietly(sr, key, what):
+    """Delete a volume that nobody needs any more. That it cannot be is no failure of what has just been done."""
+    try:
+        sr.daemon.call("DELETE", "/v1/vdis/" + key)
+    except Failure as failure:
+        log("%s, %s, is left behind: %s" % (key, what, failure))
+
+
 @method("Volume.destroy", sr=repository, key=string)
 def volume_destroy(sr, key):
     """Remove a volume, and the temporary clone that it was booted from. One that is not there counts as removed."""
@@ -162,10 +171,7 @@ def volume_destroy(sr, key):
     sr.daemon.call("DELETE", "/v1/vdis/" + vdi["uuid"])
     temporary = stored_keys(vdi).get(CLONE_ON_BOOT)
     if temporary and sr.find(temporary):
-        try:
-            sr.daemon.call("DELETE", "/v1/vdis/" + temporary.lower())
-        except Failure as failure:
-            log("%s, the temporary clone of %s, is left behind: %s" % (temporary, vdi["uuid"], failure))
+        remove_quietly(sr, temporary.lower(), "the temporary clone of %s" % vdi["uuid"])
 
 
 @method("Volume.revert", sr=repository, snapshot=string, key=string)
@@ -243,6 +249,11 @@ def volume_disable_cbt(sr, key):
     sr.act(key, "cbt", {"enabled": False})
 
 
+@method("Volume.data_destroy", sr=repository, key=string)
+def volume_data_destroy(sr, key):
+    sr.act(key, "data_destroy")
+
+
 @method("Volume.list_changed_blocks", sr=repository, key=string, key2=string, offset=integer, length=integer)
 def volume_list_changed_blocks(sr, key, key2, offset, length):
     """What has changed from `key` to `key2`, a bit for each 64 KiB from the one that holds byte `offset`; to the end if
@@ -261,6 +272,14 @@ def volume_list_changed_blocks(sr, key, key2, offset, length):
         bits = int.from_bytes(raw, "big") >> (len(raw) * 8 - end) & (1 << count) - 1
         bitmap = base64.b64encode((bits << -count % 8).to_bytes(-(-count // 8), "big")).decode("ascii")
     return {"granularity": granularity, "bitmap": bitmap}
+
+
+@method("Volume.compose", sr=repository, key=string, key2=string)
+def volume_compose(sr, key, key2):
+    """Lay the child `key` over the parent `key2`, which goes: it is not valid any more, and xapi may not ask for it again."""
+    parent = sr.vdi(key2)["uuid"]
+    sr.act(key, "compose", {"parent": parent})
+    remove_quietly(sr, parent, "the parent that %s was laid over" % key)
 
 
 # --- Datapath ------------------------------------------------------------------------------------------------------
