@@ -296,6 +296,47 @@ def test_changed_blocks_are_exact_across_a_revert(real):
     assert real.fault("vdi_list_changed_blocks", [disk], vdi=first).number == 460
 
 
+@needs_qemu_io
+def test_changed_blocks_outlive_the_data(real):
+    disk = create(real, 2 * MIB)
+    assert real.call("vdi_enable_cbt", vdi=disk) is NIL
+    qemu_io(real, disk, "write -P 0x11 0 64k")
+    first = check_vdi_info(real.call("vdi_snapshot", vdi=disk))
+    qemu_io(real, disk, "write -P 0x22 64k 64k")
+    second = check_vdi_info(real.call("vdi_snapshot", vdi=disk))
+    for _ in range(2):
+        assert real.call("vdi_data_destroy", vdi=first) is NIL
+    assert real.fault("vdi_attach", ["false"], vdi=first).number == 46
+    assert real.fault("vdi_revert", [disk], vdi=first).number == 46
+    assert real.fault("vdi_data_destroy", vdi=disk).number == 46
+    qemu_io(real, disk, "write -P 0x33 2031616 64k")
+    answer = real.call("vdi_list_changed_blocks", [disk], vdi=first)
+    assert base64.b64decode(answer).hex() == "40000001"
+    assert base64.b64decode(real.call("vdi_list_changed_blocks", [second], vdi=first)).hex() == "40000000"
+
+
+@needs_qemu_io
+def test_compose_lays_a_disk_over_another(real):
+    base, leaf = create(real), create(real)
+    qemu_io(real, base, "write -P 0x11 0 128k")
+    qemu_io(real, leaf, "write -P 0x22 64k 64k")
+    assert real.call("vdi_compose", [base], vdi=leaf) is NIL
+    qemu_io(real, leaf, "read -P 0x11 0 64k", "read -P 0x22 64k 64k", "read -P 0 128k 64k")
+    qemu_io(real, base, "read -P 0x11 0 128k")
+
+
+def test_database_follows_data_destroy_and_compose(real_pool, xapi):
+    disk, parent = create(real_pool), create(real_pool)
+    real_pool.call("vdi_enable_cbt", vdi=disk)
+    snapshot = check_vdi_info(real_pool.call("vdi_snapshot", vdi=disk))
+    rows = {row["uuid"]: (ref, row) for ref, row in xapi.tables["VDI"].items()}
+    assert real_pool.call("vdi_data_destroy", vdi=snapshot, vdi_ref=rows[snapshot][0]) is NIL
+    real_pool.call("vdi_disable_cbt", vdi=disk)
+    assert real_pool.call("vdi_compose", [rows[parent][0]], vdi=disk, vdi_ref=rows[disk][0]) is NIL
+    assert real_pool.call("sr_scan") is NIL
+    assert {row["uuid"] for row in xapi.tables["VDI"].values()} == {disk, parent, snapshot}
+
+
 def test_database_follows_changed_block_tracking(real_pool, xapi):
     """xapi sets cbt_enabled of the disk itself; a snapshot is introduced with it, and a scan repairs both."""
     disk = create(real_pool)
