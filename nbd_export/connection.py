@@ -311,6 +311,7 @@ class Connection:
         """`_handle`, for a disk under a scenario: each request by itself."""
         for request in batch:
             if request.command == c.NBD_CMD_DISC:
+                self._disk.in_order = True
                 return False
             if problem := self._problem(request):
                 if request.final:
