@@ -21,9 +21,9 @@ import trio
 
 from simsr.errors import SimsrError
 from simsr.xapi import smapiv1
-from simsr.xapi.attachment import NULL
 from simsr.xapi.failure import Unimplemented, XenError
 from simsr.xapi.model import Model, Settings
+from simsr.xapi.schema import NULL
 from simsr.xapi.server import serve_http
 from simsr.xapi.storage import sr_command, vdi_command
 from simsr.xapi.xml_tree import Element, NotXml, parse

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 from api_daemon import MIB, Nbd, Unchanged, alone, api  # noqa: F401 - fixtures
+from daemon_tools import Simsrd
 
 from simsr.personalities import find_personality, personality_names
+from simsr.store.files import DiskDirectory
+from simsr.store.store import SetMeta, Store
 
 
 def test_list_and_show(api):  # noqa: F811
@@ -77,3 +80,22 @@ def test_personality_and_chains_survive_a_restart(alone):  # noqa: F811
         api.simsrd.start()
         assert api.ok("GET", f"/v1/srs/{sr['uuid']}")["personality"] == "ext"
         api.error("SnapshotChainTooLong", "POST", f"/v1/vdis/{disk['uuid']}/snapshot")
+
+
+def test_an_sr_of_a_type_that_is_not_known_is_left_as_it_is(folder):
+    """A newer simsr may know more types."""
+    simsrd = Simsrd(f"{folder}/r")
+    try:
+        simsrd.start()
+        path = simsrd.create_sr("sr")["path"]
+        simsrd.stop()
+        store = Store.open(DiskDirectory(path))
+        store.commit([SetMeta(0, {**store.meta, "personality": "exr"})])
+        store.flush()
+        store.close()
+        simsrd.start()
+        assert simsrd.get("/v1/srs") == []
+        assert simsrd.get("/v1/daemon")["failed_srs"] == {path: "there is no personality 'exr' of SRs"}
+        assert "Did you mean ext?" in simsrd.log and simsrd.stop() == 0
+    finally:
+        simsrd.end()

@@ -191,10 +191,10 @@ def test_sr_of_another_type_is_not_attached(bed, srs):
 
 def test_a_driver_keeps_the_checklist(bed):
     """EXTSR: no revert, so 38 and a clone."""
-    names = {"found", "python", "make_sr", "create", "not_advertised", "attach", "snapshot", "no_revert", "vm_revert", "processes"}
+    names = {"found", "python", "make_sr", "create", "not_advertised", "attach", "snapshot", "no_revert", "processes"}
     points = [point for point in POINTS if point.check.__name__ in names]
     found = check_plugin(str(bed.sm / "EXTSR"), bed.simsrd.socket, points=points)
-    assert {finding.ok for finding in found} <= {True, None} and sum(finding.ok is True for finding in found) >= 9, found
+    assert {finding.ok for finding in found} <= {True, None} and sum(finding.ok is True for finding in found) >= 8, found
 
 
 def test_a_description_that_is_damaged(bed, tmp_path):
