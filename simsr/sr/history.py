@@ -244,7 +244,7 @@ class _Step:
         if not self._together:  # it is of another moment now than those it was taken with
             meta.pop("group", None)
         new = change.create(self._disk.size_bytes, meta, self._ident)
-        self._note({"head": None, "show": [old, *going], "hide": [new]}, new)
+        self._note({"head": None, "show": [old, *going], "hide": [meta["uuid"]]}, new)
         self._let_go(going)
         if self._keeper.on:
             change.hide(old, replaced=True)
@@ -255,9 +255,9 @@ class _Step:
     def _take_back(self) -> None:
         change, mode = self._change, self._wish.mode
         entry = _last(self._disk, mode)
-        there = [ident for ident in (*entry.get("show", ()), *entry.get("hide", ())) if change.exists(ident)]
-        show = [ident for ident in there if ident in entry.get("show", ()) and change.is_hidden(ident)]
-        hide = [ident for ident in there if ident in entry.get("hide", ()) and not change.is_hidden(ident)]
+        show = [ident for ident in entry.get("show", ()) if change.exists(ident) and change.is_hidden(ident)]
+        there = [self._catalogue.get(uuid) for uuid in entry.get("hide", ())]
+        hide = [node.volume.ident for node in there if node is not None and node.snapshot_of == self._disk.uuid]
         self._refuse_if_taken(show, hide)
         head, node = None, entry["head"]
         for ident in show:
@@ -272,17 +272,19 @@ class _Step:
                 meta = change.meta(node)
                 is_open, origin = meta["tip"] == CRASH, [meta["uuid"], meta["snapshot_time"]]
         if node is None:
-            base = entry["base"] if self._disk.parent in hide else self._disk.parent
+            base = entry["base"] if self._disk.parent == entry["from"] else self._disk.parent
         else:
             base = entry["base"] if change.exists(entry["base"]) else change.parent(node) if change.is_tip(node) else node
-        inverse = {"m": entry["m"], "head": head, "show": hide, "hide": show, **{k: entry[k] for k in "gn" if k in entry}}
+        back = [change.meta(ident)["uuid"] for ident in show]
+        inverse = {"m": entry["m"], "head": head, "show": hide, "hide": back, **{k: entry[k] for k in "gn" if k in entry}}
         self._move_entry(mode, inverse, base, origin, is_open)
         if node is not None and change.is_tip(node) and not self._attached(node):
             self._keeper.remove_node(change, node)
         for ident in hide:
             self._refuse_if_attached(ident)
-            self._gone.append(change.meta(ident)["uuid"])
-            change.hide(ident)
+            uuid = change.meta(ident)["uuid"]
+            self._gone.append(uuid)
+            change.hide(ident, **({"replaced": True} if any(change.meta(other)["uuid"] == uuid for other in show) else {}))
 
     # Their parts.
 
@@ -334,7 +336,7 @@ class _Step:
         uuid, time = origin or (self._new_uuid(), self._now)
         meta = {
             "uuid": uuid, "name": f"tip@{time[11:19]}", "family": self._disk.family, "snapshot_of": self._disk.uuid, "snapshot_time": time,
-            "parent": base, **self._inherited(), "tip": CRASH if self._disk.attachments or self._disk.history.get("open") else CLEAN,
+            "type": self._disk.meta["type"], "parent": base, **self._inherited(), "tip": CRASH if self._disk.attachments or self._disk.history.get("open") else CLEAN,
         }  # fmt: skip
         self._tip = uuid
         return change.create(self._disk.size_bytes, meta, self._ident)
@@ -376,7 +378,7 @@ class _Step:
         self._set(base, origin, is_open or entry["head"] is None and bool(self._disk.history.get("open")))
         if self._keeper.on:
             history = self._change.meta(self._ident)["history"]
-            line = {"m": self._wish.mode, "t": self._now, "base": self._disk.parent, **entry, **self._together}
+            line = {"m": self._wish.mode, "t": self._now, "base": self._disk.parent, "from": base, **entry, **self._together}
             history = {key: value for key, value in history.items() if key != "expired"}
             self._change.set(self._ident, history={**history, UNDO: [*history.get(UNDO, ()), _tidy(line)]})
 
@@ -384,7 +386,7 @@ class _Step:
         """The last entry of ``stack`` is being carried out; ``inverse`` takes that back."""
         self._set(base, origin, is_open)
         history = self._change.meta(self._ident)["history"]
-        line = _tidy({**inverse, "t": self._now, "base": self._disk.parent})
+        line = _tidy({**inverse, "t": self._now, "base": self._disk.parent, "from": base})
         other = [*history.get(_OTHER[stack], ()), line]
         self._change.set(self._ident, history={**history, stack: history[stack][:-1], _OTHER[stack]: other})
 
@@ -395,5 +397,6 @@ class _Step:
 
 
 def _tidy(entry: dict) -> dict:
-    """``entry`` without empty lists, to keep records small."""
-    return {key: value for key, value in entry.items() if value or key in ("head", "base")}
+    """``entry`` without what says nothing, to keep records small."""
+    silent = {"from"} if entry["head"] is not None else set()
+    return {key: value for key, value in entry.items() if (value or key in ("head", "base", "from")) and key not in silent}

@@ -178,7 +178,7 @@ class Vdi:
 class Tip(Vdi):
     """A tip looks like a snapshot of its disk. Its metadata are few, so that the record of a revert stays small."""
 
-    _FIXED = {"description": "", "type": "user", "sharable": False, "managed": False, "read_only": True, "sm_config": {}}
+    _FIXED = {"description": "", "sharable": False, "managed": False, "read_only": True, "sm_config": {}}
 
     @property
     def meta(self) -> dict:

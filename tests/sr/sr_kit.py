@@ -44,7 +44,7 @@ class World:
 
     def now(self) -> str:
         self._ticks += 1
-        return f"2026-11-21T{self._ticks // 3600:02}:{self._ticks // 60 % 60:02}:{self._ticks % 60:02}Z"
+        return f"2026-11-{21 + self._ticks // 86400:02}T{self._ticks // 3600 % 24:02}:{self._ticks // 60 % 60:02}:{self._ticks % 60:02}Z"
 
     def new_uuid(self) -> str:
         digits = f"{self._uuids.getrandbits(128):032x}"
