@@ -35,6 +35,8 @@ class Held:
     family: str
     base: bytes | None = None  # of a disk with on_boot=reset
     destroyed: bool = False  # its data; ``content`` is what it was
+    undo: tuple = ()  # what takes back the last operations: (content or None if it stays, ((uuid, Held or None), ...) of snapshots)
+    redo: tuple = ()
 
     def get(self, field: str):
         return dict(self.meta)[field]
@@ -141,6 +143,9 @@ class ModelMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.state)
     @rule(data=st.data())
     def delete(self, data):
+        self.delete_any(data)
+
+    def delete_any(self, data):
         uuid = self.any_vdi(data)
         if self.attached.get(uuid):
             return self.refused(VdiInUse, lambda: self.sr.delete(self.sr.get(uuid)))
@@ -257,7 +262,8 @@ class ModelMachine(RuleBasedStateMachine):
         assert done.changed or held.content == source.content
         moved_base = held.base is not None and not done.changed
         assert self.log.seq - seq == done.changed or (moved_base and self.log.seq - seq == 1)
-        self.state[target] = replace(held, content=source.content, base=None if held.base is None else source.content)
+        steps = {"undo": (*held.undo, (held.content, ())), "redo": ()} if done.changed else {}
+        self.state[target] = replace(held, content=source.content, base=None if held.base is None else source.content, **steps)
         self.remember()
         again = self.log.seq
         assert not act().changed and self.log.seq == again
