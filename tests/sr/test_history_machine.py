@@ -28,8 +28,9 @@ class HistoryMachine(ModelMachine):
         self.remember()
 
     def snapshots(self):
-        """Those whose disk is there, and is a disk."""
-        return [uuid for uuid, held in self.state.items() if held.get("is_a_snapshot") and self.disk_of(uuid) is not None]
+        """Those that have data, and whose disk is there and is a disk."""
+        found = [uuid for uuid, held in self.state.items() if held.get("is_a_snapshot") and not held.destroyed]
+        return [uuid for uuid in found if self.disk_of(uuid) is not None]
 
     def disk_of(self, snapshot):
         disk = self.state[snapshot].get("snapshot_of")
