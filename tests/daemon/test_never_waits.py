@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
+import pytest
 import trio
 from daemon_tools import Simsrd
 from fake_disks import Client
@@ -287,6 +288,7 @@ def p99_of_hot_reads(client: WireClient, rng: random.Random) -> float:
     return latencies[math.floor(len(latencies) * 0.99)]
 
 
+@pytest.mark.alone
 def test_cold_reads_of_one_disk_leave_the_p99_of_another_alone(root):
     simsrd = Simsrd(root)
     try:
