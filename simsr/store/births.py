@@ -43,7 +43,7 @@ WINDOW_UNITS = BLOCK // DIGEST_BYTES
 _SEGMENTS_KNOWN = 128  # 128 KiB each
 _SEGMENTS_AT_ONCE = 16
 _AHEAD = 64  # nodes that are read together
-_LEAF_COST, _DIGEST_COST = 60, 1
+_LEAF_COST, _DIGEST_COST = 100, 1
 
 
 def table_bytes(size_bytes: int) -> int:
@@ -165,6 +165,8 @@ class _Windows(Walk):
         used = births[:, 0].reshape(WINDOW_UNITS, UNIT_BLOCKS).any(axis=1)
         if not used.any():
             return bytes(BLOCK), max(window + 1, (number << self._bits) // count)
+        yield None  # digests take about as long as a slice may
+        self._spent = 0
         data, size, parts = births.tobytes(), 16 * UNIT_BLOCKS, []
         for unit, is_used in enumerate(used.tolist()):
             digest = blake2b(data[unit * size : (unit + 1) * size], digest_size=DIGEST_BYTES).digest() if is_used else bytes(DIGEST_BYTES)

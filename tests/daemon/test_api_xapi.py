@@ -1,9 +1,15 @@
 """What only xapi asks for, over HTTP and with data over NBD: epochs, CBT, changed blocks."""
 
+import random
+import subprocess
+import sys
+import threading
 from base64 import b64decode
+from contextlib import closing
 
 import pytest
-from api_daemon import MIB, Nbd, Unchanged, alone, api  # noqa: F401 (two of them are fixtures)
+from api_daemon import MIB, Api, Nbd, Unchanged, alone, api  # noqa: F401 (two of them are fixtures)
+from daemon_tools import Simsrd
 
 UNIT = 64 << 10
 
@@ -217,3 +223,54 @@ def test_what_is_not_composed(api):
         pass
     for vdi in (snapshot, small, large):
         api.delete(vdi)
+
+
+# Beside a load, and across restarts.
+
+
+def test_everything_at_once_and_a_kill(folder):
+    """Clients write while data is destroyed, changed blocks are listed and disks composed; then the daemon is killed, and all of it holds."""
+    simsrd = Simsrd(f"{folder}/r")
+    try:
+        with closing(Api(simsrd.start())) as api:
+            api.sr()
+            disk, parent, child = tracked(api, 64 * MIB), api.vdi(8 * MIB), api.vdi(8 * MIB)
+            write(parent, 0, b"p" * 8 * MIB)
+            for at in range(0, 8 * MIB, 2 * MIB):
+                write(child, at, b"c" * 4096)
+            write(disk, 0, b"0" * 32 * MIB)
+            first = api.snapshot(disk)
+            stop, written, failures = threading.Event(), set(), []
+
+            def load():
+                try:
+                    with Nbd(disk["nbd_socket"]) as nbd:
+                        rng = random.Random(1)
+                        while not stop.is_set():
+                            unit = rng.randrange(512, 1024)
+                            written.add(unit)
+                            nbd.write(unit * UNIT, b"x" * 4096)
+                        nbd.flush()
+                except Exception as error:
+                    failures.append(error)
+
+            writer = threading.Thread(target=load)
+            writer.start()
+            api.act(first, "data_destroy")
+            api.act(child, "compose", parent=parent["uuid"])
+            assert all(unit >= 512 for unit in changed(api, first, disk))
+            stop.set()
+            writer.join()
+            assert not failures and changed(api, first, disk) == sorted(written)
+            api.ok("PATCH", f"/v1/vdis/{parent['uuid']}", {"on_boot": "reset"})
+            write(parent, 0, b"later")
+            simsrd.kill()
+        with closing(Api(simsrd.start())) as api:
+            assert api.show(first)["type"] == "cbt_metadata" and changed(api, first, disk) == sorted(written)
+            assert read(child, 2 * MIB, 8192) == b"c" * 4096 + b"p" * 4096
+            assert api.act(parent, "epoch", phase="begin")["on_boot"] == "reset" and read(parent, 0, 5) == b"ppppp"
+        simsrd.stop_cleanly()
+        done = subprocess.run([sys.executable, "-m", "simsr.cli.main", "check", f"{folder}/r"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+    finally:
+        simsrd.end()
