@@ -14,6 +14,7 @@ from nbd_export.handshake import ExportInfo, Handshake, Negotiated, Phase, trans
 
 DISK = ExportInfo(name="disk", size_bytes=0x40000000, read_only=False, description="scratch")
 SNAP = ExportInfo(name="snap", size_bytes=0x200, read_only=True)
+SECRET = ExportInfo(name="secret", size_bytes=0x200, read_only=True, refusal="not for you")
 STRICT = ExportInfo(name="strict", size_bytes=0x1000, read_only=False, min_block_bytes=4096)
 
 
@@ -43,7 +44,7 @@ class FewExports:
 
 
 def shake(**kwargs) -> Handshake:
-    return Handshake(FewExports(DISK, SNAP, STRICT), **kwargs)
+    return Handshake(FewExports(DISK, SNAP, STRICT, SECRET), **kwargs)
 
 
 def fixed() -> Handshake:
@@ -133,6 +134,9 @@ def test_unknown_client_flags_close(flags):
 
 
 DEPTH, CHANGED = b"\0\0\0\0qemu:allocation-depth", b"\0\0\0\0simsr:changed/snap"
+
+SNAP_INFO_EXPORT_DF = SNAP_INFO_EXPORT[:10] + bytes.fromhex("0587")
+LISTED = b"".join(reply(3, 2, string(name)) for name in (b"disk", b"snap", b"strict"))
 
 # --- Options by hand: (what the client sends after its flags, what it gets, how it ends) --------------------------
 
@@ -230,6 +234,33 @@ OPTIONS = {
         + reply(9, 4, b"\0\0\0\0base:allocation") + reply(9, 1)
         + reply(9, 4, b"\0\0\0\0base:allocation") + reply(9, 4, DEPTH) + reply(9, 1)
         + reply(9, 1),
+        None,
+    ),
+    "extended headers, and no way back": (
+        option(11) + option(8) + option(11) + option(7, info_data(b"disk")),
+        reply(11, 1) + reply(8, 0x8000000A, b"extended headers have been negotiated, which leave no other replies") + reply(11, 1)
+        + reply(7, 3, DISK_INFO_EXPORT_DF) + reply(7, 3, BLOCK_SIZES) + reply(7, 1),
+        Negotiated(DISK, False, {}, True, DISK_FLAGS | DF, extended_headers=True),
+    ),
+    "extended headers after structured replies": (
+        option(8) + option(11) + option(7, info_data(b"snap")),
+        reply(8, 1) + reply(11, 1) + reply(7, 3, SNAP_INFO_EXPORT_DF) + reply(7, 3, BLOCK_SIZES) + reply(7, 1),
+        Negotiated(SNAP, True, {}, True, SNAP_FLAGS | DF, extended_headers=True),
+    ),
+    "extended headers with data": (
+        option(11, b"?"), reply(11, ERR_INVALID, b"option EXTENDED_HEADERS takes no data, but has 1 bytes"), None,
+    ),
+    "extended headers offer to choose among contexts, where there are some": (
+        option(11) + option(10, meta_data(b"disk", b"simsr:changed/snap", b"simsr:changed/other")) + option(6, info_data(b"snap"))
+        + option(7, info_data(b"disk")),
+        reply(11, 1) + reply(10, 4, b"\0\0\0\x10simsr:changed/snap") + reply(10, 1)
+        + reply(6, 3, SNAP_INFO_EXPORT_DF) + reply(6, 3, BLOCK_SIZES) + reply(6, 1)
+        + reply(7, 3, DISK_INFO_EXPORT[:10] + b"\x1d\xed") + reply(7, 3, BLOCK_SIZES) + reply(7, 1),
+        Negotiated(DISK, False, {"simsr:changed/snap": 16}, True, DISK_FLAGS | DF | 1 << 12, extended_headers=True),
+    ),
+    "an export that is refused": (
+        option(3) + option(6, info_data(b"secret")) + option(9, meta_data(b"secret")) + option(7, info_data(b"secret")),
+        LISTED + reply(3, 1) + b"".join(reply(number, ERR_POLICY, b"not for you") for number in (6, 9, 7)),
         None,
     ),
     "list metadata contexts of snapshots, by their beginning": (
@@ -670,3 +701,41 @@ def test_wire_errors(name, wire):
 
 def test_wire_errors_are_those_of_the_protocol():
     assert set(c.WIRE_ERRORS.values()) == {0, 1, 5, 12, 22, 28, 75, 95, 108}
+
+
+# --- TLS ---------------------------------------------------------------------------------------------------------
+
+
+def test_starttls_stops_and_secured_goes_on():
+    handshake = shake(tls_offered=True)
+    said = handshake.receive(MODERN + option(8) + option(5))
+    assert said == reply(8, 1) + reply(5, 1) and handshake.phase is Phase.STARTTLS and handshake.leftover == b""
+    handshake.secured(FewExports(SNAP))
+    assert handshake.receive(option(5)) == reply(5, ERR_INVALID, b"TLS has been negotiated already")
+    assert handshake.receive(option(7, info_data(b"disk")))[12:16] == struct.pack(">I", ERR_UNKNOWN), "the exports from before are told"
+    handshake.receive(option(7, info_data(b"")))
+    assert handshake.result == Negotiated(SNAP, False, {}, True, SNAP_FLAGS), "structured replies outlived the change to TLS"
+    assert handshake.statistics()["tls"] is True
+
+
+def test_what_follows_starttls_is_left_over_and_not_looked_at():
+    handshake = shake(tls_offered=True)
+    assert handshake.receive(MODERN + option(5) + option(3)) == reply(5, 1)
+    assert handshake.leftover == option(3)
+
+
+@pytest.mark.parametrize("number", [1, 3, 4, 6, 7, 8, 9, 10, 11, 77])
+def test_without_tls_where_it_is_required(number):
+    handshake = shake(tls_offered=True, tls_required=True)
+    said = handshake.receive(MODERN + option(number, b"disk") + option(2))
+    if number == c.NBD_OPT_EXPORT_NAME:
+        assert said == b""
+    else:
+        assert [(n, kind) for n, kind, _ in parse_replies(said)] == [(number, 0x80000005), (2, 1)]
+    assert handshake.closed and handshake.result is None
+
+
+def test_extended_headers_and_export_name_do_not_go_together():
+    handshake = shake()
+    assert handshake.receive(MODERN + option(11) + option(1, b"disk")) == reply(11, 1)
+    assert handshake.closed and handshake.result is None
