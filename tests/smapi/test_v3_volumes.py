@@ -329,3 +329,16 @@ def test_compose_lays_a_mirror_over_its_base(volumes):
     refused(volumes, 144, "Volume.compose", key=mirror["key"], key2=base["key"])
     refused(volumes, 46, "Volume.compose", key=mirror["key"], key2=mirror["key"])
     assert mirror["key"] in volumes.ls()
+
+
+def test_what_reverts_leave_behind_is_not_seen_and_not_in_the_way(socket):
+    volumes = Volumes(socket, OTHER_SR)
+    disk = volumes.create(MIB)
+    snapshot = volumes.snapshot(disk)
+    nbd_io(disk, "write -P 1 0 64k")
+    assert volumes.call("Volume.revert", snapshot=snapshot["key"], key=disk["key"]) is None
+    assert volumes.ls().keys() == {disk["key"], snapshot["key"]}
+    assert volumes.call("Volume.similar_content", key=disk["key"]) == [snapshot["key"]]
+    for volume in (snapshot, disk):
+        volumes.call("Volume.destroy", key=volume["key"])
+    assert volumes.ls() == {} and volumes.call("SR.destroy") is None
