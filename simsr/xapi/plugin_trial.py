@@ -67,7 +67,6 @@ class WatchedPlugin(smapiv1.Plugin):
 
     breaches: list[str] = field(default_factory=list)
     changes: list[Callable[[Members], Members]] = field(default_factory=list)
-    count: list[int] = field(default_factory=lambda: [0])
 
     async def run(self, command: str, members: Members) -> Element:
         for change in self.changes:
@@ -76,7 +75,6 @@ class WatchedPlugin(smapiv1.Plugin):
 
     async def watched(self, what: str, *arguments: str) -> subprocess.CompletedProcess[bytes]:
         """Run it with these arguments; what is wrong about the process is added to ``breaches``."""
-        self.count[0] += 1
         with trio.move_on_after(PATIENCE_S):
             done = await self.execute(*arguments)
             if done.returncode:

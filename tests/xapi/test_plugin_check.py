@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ def daemon():
     folder = short_directory()
     with ChildDaemon(str(folder / "r")) as child:
         yield child
+    shutil.rmtree(folder)
 
 
 def spoilt(folder: Path, text: str) -> str:
