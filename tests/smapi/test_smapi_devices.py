@@ -334,6 +334,17 @@ def test_sr_detach_undoes_what_has_no_connection_any_more(any_style, host):
     assert f"simsr/attached/{disk}" not in host.notes() and kinds(any_style, disk) == []
 
 
+def test_sr_detach_undoes_what_is_left_of_an_sr_that_is_gone(any_style, host):
+    disk = create(any_style)
+    start(any_style, disk)
+    note = host.folder / f"run/simsr/attached/{disk}"
+    gone = "99999999-3a52-4b8d-a4a3-2d1c6f7e4404"
+    note.write_text(json.dumps(dict(json.loads(note.read_text()), sr=gone)))
+    assert any_style.call("sr_detach", sr_uuid=gone) is NIL
+    assert not note.exists() and host.devices() == []
+    assert any_style.call("vdi_detach", vdi=disk) is NIL
+
+
 def test_missing_program_is_named(any_style, host, style):
     program = "nbd-client" if style == "nbd-client" else "tap-ctl"
     (host.folder / "bin" / program).unlink()
