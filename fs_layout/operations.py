@@ -28,7 +28,7 @@ from typing import Any, NoReturn, TypeVar
 import pyfuse3
 import trio
 
-from fs_layout.nodes import ROOT, ROOT_NUMBER, Key, Nodes
+from fs_layout.nodes import Key, Nodes
 from fs_layout.source import Disk, File, Source
 from fs_layout.tree import BLOCK_BYTES, DIRECTORIES, TEXTS, Attributes, Tree
 from fs_layout.turns import Turns
@@ -86,6 +86,12 @@ class _Open:
     writable: bool
     cached: bool
     synchronous: bool
+    unflushed: bool = False  # whether something was written since the last flush
+
+    @property
+    def locks(self) -> int:
+        """The file whose pages the kernel keeps locked while a request for this waits; 0: none."""
+        return self.number if self.cached else 0
 
 
 class Operations(pyfuse3.Operations):
@@ -114,7 +120,7 @@ class Operations(pyfuse3.Operations):
     # Waiting.
 
     async def _wait(self, number: int, work: Callable[..., Awaitable[_Result]], *arguments: object) -> _Result:
-        """Carry out ``work``, which may take long, for file ``number``."""
+        """Carry out ``work``, which may take long, while the kernel keeps pages of file ``number`` locked (0: of none)."""
         if self._turns.ended.is_set():
             raise pyfuse3.FUSEError(errno.EIO)
         self.waits_total += 1
@@ -188,7 +194,7 @@ class Operations(pyfuse3.Operations):
         if fields.update_size and wanted.st_size != file.size_bytes:
             if wanted.st_size < file.size_bytes:
                 raise ShrinkRefused(uuid=file.uuid, old_bytes=file.size_bytes, size=wanted.st_size)
-            await self._wait(number, self._source.resize, file.uuid, wanted.st_size)
+            await self._wait(0, self._source.resize, file.uuid, wanted.st_size)
         if fields.update_mtime:
             file.modified_ns = wanted.st_mtime_ns
         return self._entry(number, key)
@@ -243,7 +249,7 @@ class Operations(pyfuse3.Operations):
 
     @_answered
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
-        below = await self._wait(ROOT_NUMBER, self._source.statvfs)
+        below = await self._wait(0, self._source.statvfs)
         answer = pyfuse3.StatvfsData()
         for field in ("f_bsize", "f_frsize", "f_blocks", "f_bfree", "f_bavail"):
             setattr(answer, field, getattr(below, field))
@@ -300,13 +306,13 @@ class Operations(pyfuse3.Operations):
             if size <= 0:
                 return b""
             if (scripted := opened.disk.scripted) is not None:
-                return await self._wait(opened.number, scripted.read, offset, size)
+                return await self._wait(opened.locks, scripted.read, offset, size)
             # One buffer for all: pyfuse3 has sent it before anything else can run.
             view = self._buffer[:size]
             if not opened.disk.read([(offset, view)]):
                 return view
             own = memoryview(bytearray(size))
-            (error,) = await self._wait(opened.number, opened.disk.read_cold, [(offset, own)])
+            (error,) = await self._wait(opened.locks, opened.disk.read_cold, [(offset, own)])
             if error is not None:
                 raise error
             return own
@@ -323,12 +329,13 @@ class Operations(pyfuse3.Operations):
                 self.nodes.renew(("vdi", opened.file.uuid))  # the kernel takes the file to be larger, and would for ever
             if size <= 0:
                 raise pyfuse3.FUSEError(errno.ENOSPC)  # as a block device says at its end
+            opened.unflushed = True
             if (scripted := opened.disk.scripted) is not None:
-                await self._wait(opened.number, scripted.write, "write", offset, size, data[:size], opened.synchronous)
+                await self._wait(opened.locks, scripted.write, "write", offset, size, data[:size], opened.synchronous)
                 return size
             batch = [(offset, size, memoryview(data)[:size])]
             if not opened.disk.write(batch):
-                await self._wait(opened.number, opened.disk.write_rest, batch, 0)
+                await self._wait(opened.locks, opened.disk.write_rest, batch, 0)
             if opened.synchronous:
                 await self._flush(opened)
             return size
@@ -346,10 +353,11 @@ class Operations(pyfuse3.Operations):
             await self._flush(opened)
 
     async def _flush(self, opened: _Open) -> None:
+        opened.unflushed = False  # what is written meanwhile sets it again
         if (scripted := opened.disk.scripted) is not None:
-            await self._wait(opened.number, scripted.flush)
+            await self._wait(opened.locks, scripted.flush)
         elif not opened.disk.is_durable():
-            await self._wait(opened.number, _flushed, opened.disk)
+            await self._wait(opened.locks, _flushed, opened.disk)
 
     flush = _refusing(errno.ENOSYS)  # nothing to do at close; the kernel does not ask again
 
@@ -357,6 +365,7 @@ class Operations(pyfuse3.Operations):
     async def release(self, handle: int) -> None:
         self._texts.pop(handle, None)
         if opened := self._open.pop(handle, None):
+            opened.disk.in_order = not opened.unflushed
             opened.disk.detach()
 
     def close_all(self) -> None:

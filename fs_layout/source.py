@@ -64,6 +64,7 @@ class Disk(Protocol):
     """
 
     scripted: Scripted | None
+    in_order: bool  # set before `detach`: whether nothing was written after the last flush
 
     def read(self, batch: Sequence[tuple[int, memoryview]]) -> list[int]:
         """Fill the views from memory; returns the indices of those that would have to wait for a disk."""

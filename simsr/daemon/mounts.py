@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -115,9 +116,10 @@ class Mounts:
 
         def on_detach() -> None:
             self._host.theatre.detach(disk)
-            mounted.repository.detach(vdi, key)
+            mounted.repository.detach(vdi, key, disk.in_order)
 
-        disk = Disk(mounted.engine, vdi.volume, on_detach)
+        on_write = partial(mounted.repository.written, vdi) if writable else None
+        disk = Disk(mounted.engine, vdi.volume, on_detach, on_write=on_write)
         self._host.theatre.attach(vdi, disk)
         return disk
 
