@@ -29,7 +29,7 @@ from simsr.units import parse_size
 
 QSD = "qemu-storage-daemon"
 TARGET_PEER = "qsd-qcow2"
-RAMP_S = 0.3
+RAMP_MS = 300
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +119,7 @@ SERVERS: dict[str, Callable[[Path, int], contextlib.AbstractContextManager[str]]
 
 def measure(path: str, size_bytes: int, workload: Workload, seconds: float, seed: int) -> float:
     """Run a workload on a file and return its speed. What it leaves dirty is written out afterwards, so nobody pays for another's."""
-    timing = ("--time_based", f"--runtime={seconds}", f"--ramp_time={RAMP_S}", f"--randseed={seed}")
+    timing = ("--time_based", f"--runtime={round(seconds * 1000)}ms", f"--ramp_time={RAMP_MS}ms", f"--randseed={seed}")
     job = fio(path, size_bytes, (*workload.fio, *timing), seconds + 120)
     if workload.is_buffered:
         fd = os.open(path, os.O_RDWR)

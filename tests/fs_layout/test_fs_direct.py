@@ -73,6 +73,27 @@ def test_an_nbd_write_changes_the_time(direct):
     assert time.time() - os.stat(path).st_mtime < 600
 
 
+def test_synchronous_writes_are_durable_each(direct):
+    """The kernel leaves that to us where it caches nothing."""
+    disk, path = direct.disk("synchronous", MIB)
+
+    def flushes() -> int:
+        return direct.get("/v1/daemon")["statistics"]["srs"][disk["sr"]]["flush_waits"]
+
+    for flags in (os.O_SYNC, os.O_DSYNC):
+        with opened(path, os.O_RDWR | flags) as fd:
+            before = flushes()
+            for number in range(5):
+                os.pwrite(fd, b"x" * 4096, number * 4096)
+            assert flushes() - before >= 5
+    with opened(path) as fd:
+        before = flushes()
+        os.pwrite(fd, b"x" * 4096, 0)
+        assert flushes() == before
+        os.fsync(fd)
+        assert flushes() > before
+
+
 def test_the_end_of_the_disk(direct):
     disk, path = direct.disk("end", MIB)
     with opened(path) as fd:
@@ -283,3 +304,17 @@ def test_hostile_names(direct):
         for sr in made:
             direct.delete(f"/v1/srs/{sr['uuid']}")
     eventually(lambda: sorted(os.listdir(direct.directory)) == [".simsr", "sr"])
+
+
+def test_a_tip_knows_whether_what_was_written_was_flushed(direct):
+    disk, path = direct.disk("tips", MIB)
+    snapshot = direct.snapshot(disk)
+    for flushes in (True, False):
+        with opened(path) as fd:
+            os.pwrite(fd, b"more", 0)
+            if flushes:
+                os.fsync(fd)
+        direct.until_unused(disk)
+        direct.revert(snapshot)
+    nodes = direct.get(f"/v1/vdis/{disk['uuid']}/tree")["nodes"]
+    assert [node["consistency"] for node in nodes if node["consistency"]] == ["clean", "crash"]
