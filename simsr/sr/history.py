@@ -347,7 +347,8 @@ class _Step:
         return {**cbt.inherited(self._disk), **{key: meta[key] for key in ("chain", "image_format", "nbd") if key in meta}}
 
     def _take_over(self, node: int, size_bytes: int) -> None:
-        if self._disk.attachments and size_bytes < self._disk.size_bytes and self._live is not None:
+        held = not all(attachment.sees_changes for attachment in self._disk.attachments.values())
+        if held and size_bytes < self._disk.size_bytes and self._live is not None:
             raise ShrinkRefused(uuid=self._disk.uuid, old_bytes=self._disk.size_bytes, size=size_bytes)
         self._change.reset(self._ident, node)
         self._give_to_boot_base(node)
