@@ -16,14 +16,17 @@ from pathlib import Path
 from bench import fio
 from bench.comparison import measure_table, rows_of
 from bench.failure import BenchFailure
-from bench.operations import OPERATIONS, Finding, Scale
+from bench.operations import OPERATIONS as DAEMON_OPERATIONS
+from bench.operations import Finding, Scale
 from bench.report import findings_text, table_text, verdict_text, write_json
 from bench.servers import OPTIONAL, SERVERS, Served, serve, simsrd
+from bench.vm_revert import vm_revert
 from bench.workloads import WORKLOADS
 from simsr.errors import SimsrError
 from simsr.units import parse_size
 
 GIB = 1 << 30
+OPERATIONS = {**DAEMON_OPERATIONS, "revert": vm_revert}
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -23,7 +23,7 @@ from bench.failure import BenchFailure
 from simsr.cli.client import Client
 from simsr.units import format_size
 
-__all__ = ["OPERATIONS", "Finding", "Scale"]
+__all__ = ["OPERATIONS", "PLUGIN", "Finding", "Scale", "wait_until_detached"]
 
 PLUGIN = Path(__file__).parents[1] / "simsr" / "smapi" / "SimSR"
 PLUGIN_ENVIRONMENT = {"PATH": "/sbin:/usr/sbin:/bin:/usr/bin", "ORIGINATOR": "SM"}  # all that xapi gives it
@@ -94,7 +94,7 @@ def _snapshot_clone_revert(daemon: Client, vdi: dict, times: dict[str, list[floa
 
     snapshot = timed("snapshot", daemon.vdi_path(vdi["uuid"], "snapshot"))["uuid"]
     fio.fill_at_random(vdi["nbd_uri"], vdi["size_bytes"], seed, io_bytes=min(vdi["size_bytes"], 5000 * 4096))
-    _wait_until_detached(daemon, vdi["uuid"])
+    wait_until_detached(daemon, vdi["uuid"])
     clone = timed("clone", daemon.vdi_path(snapshot, "clone"))["uuid"]
     timed("revert", daemon.vdi_path(snapshot, "revert"))
     for each in (clone, snapshot):
@@ -158,7 +158,7 @@ def _random_disk(daemon: Client, size_bytes: int, tell: Callable[[str], None]) -
     return vdi
 
 
-def _wait_until_detached(daemon: Client, vdi: str) -> None:
+def wait_until_detached(daemon: Client, vdi: str) -> None:
     """Return when the daemon has noticed that fio has gone; until then a revert is refused."""
     give_up = time.monotonic() + DETACH_TIMEOUT_S
     while daemon.get(daemon.vdi_path(vdi))["attached"]:

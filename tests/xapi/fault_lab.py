@@ -237,17 +237,18 @@ CASES: dict[str, Callable[[Lab], Prepared]] = {
     "vdi_epoch_begin": on_a_disk(),
     "vdi_epoch_end": on_a_disk(),
     "vdi_revert": revertible,
+    "vdi_compose": composed,
     "vdi_generate_config": on_a_disk(),
     "vdi_attach_from_config": on_a_disk("true"),
     "vdi_detach_from_config": attached,
     "vdi_enable_cbt": on_a_disk(),
     "vdi_disable_cbt": lambda lab: ([], {"vdi": tracked(lab)[0]}),
+    "vdi_data_destroy": lambda lab: ([], {"vdi": tracked(lab)[1]}),
     "vdi_list_changed_blocks": lambda lab: (lambda pair: ([lab.ref(pair[0])], {"vdi": pair[1]}))(tracked(lab)),
 }
 """All commands but those that ask nobody (``sr_get_driver_info``, ``sr_content_type``) and those on whole SRs, which are tested apart."""
 
 ASK_NOBODY = {"sr_get_driver_info", "sr_content_type"}
-MISSING = {"vdi_compose", "vdi_data_destroy"}
 DO_WITHOUT_XAPI = {"vdi_deactivate", "vdi_detach_from_config"}
 """What must succeed when a host goes down: the activation key that stays is in force no more, and the next host removes it."""
 WHOLE_SR = {"sr_create", "sr_delete"}
