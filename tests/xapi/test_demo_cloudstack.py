@@ -16,19 +16,6 @@ pytest.importorskip("nbd", reason="needs libnbd's Python module; script/setup in
 DEMO = ROOT / "script" / "demo_cloudstack.py"
 
 
-@pytest.fixture(scope="module")
-def page() -> str:
-    """What the demonstration prints into a pipe 80 columns wide."""
-    folder = short_directory()
-    environment = {**os.environ, "TMPDIR": str(folder), "COLUMNS": "80"}
-    done = subprocess.run([sys.executable, DEMO], capture_output=True, text=True, env=environment, timeout=300)
-    assert (done.returncode, done.stderr) == (0, ""), done.stdout
-    left = list(folder.iterdir())
-    folder.rmdir()
-    assert left == [], "it leaves nothing behind"
-    return done.stdout
-
-
 def shape(text: str) -> list[list[str]]:
     """The words of each line, without what differs from run to run."""
     text = re.sub(r"\b[0-9a-f]{8}\b", "UUID", text)
@@ -37,18 +24,21 @@ def shape(text: str) -> list[list[str]]:
     return [re.findall(r"\S+", line) for line in text.splitlines() if line.strip(" ─")]
 
 
-def test_it_holds_and_fits_the_terminal(page):
+def test_it_holds_fits_the_terminal_and_prints_what_the_document_shows():
+    folder = short_directory()
+    environment = {**os.environ, "TMPDIR": str(folder), "COLUMNS": "80"}
+    done = subprocess.run([sys.executable, DEMO], capture_output=True, text=True, env=environment, timeout=300)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    page, left = done.stdout, list(folder.iterdir())
+    folder.rmdir()
+    assert left == [], "it leaves nothing behind"
     assert "Everything was as said" in page and "\x1b" not in page
     assert max(map(len, page.splitlines())) <= 80
-
-
-def test_the_excerpt_in_the_document_is_what_it_prints(page):
     [block] = re.findall(r"```\n(.*?)```", (ROOT / "docs" / "cloudstack.md").read_text(), re.S)
     assert shape(block) == shape(page)
 
 
 def test_failure_is_told_by_the_exit_status():
-    """Without qemu or nbd trouble at hand: with a plug-in that lacks the valve the third case cannot hold."""
     folder = short_directory()
     script = "import sys; sys.path.insert(0, 'script'); import demo_cloudstack as d; d.plain = lambda *_: d.demand(False, 'as planned')"
     environment = {**os.environ, "TMPDIR": str(folder)}
