@@ -257,7 +257,9 @@ class Host:
         return [int(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def close(self):
-        for pid in filter(is_running, self._pids()):
+        """End what failed tests have left running."""
+        hanging = self.state("hanging")
+        for pid in filter(is_running, self._pids() + ([hanging] if hanging else [])):
             os.kill(pid, signal.SIGKILL)
 
 
