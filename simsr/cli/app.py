@@ -9,7 +9,8 @@ from typer.core import TyperGroup
 
 from simsr import __version__
 from simsr.cli.client import DEFAULT_SOCKET, Client, Session, checked_text
-from simsr.cli.disks import Name, Sr, Vdi, clone, revert, snapshot, vdi_commands
+from simsr.cli.disks import Name, Sr, Vdi, clone, vdi_commands
+from simsr.cli.history import redo, revert, snapshot, tip_commands, tree, undo
 from simsr.cli.https_setup import https_setup
 from simsr.cli.integrity import check, salvage
 from simsr.cli.libvirt import libvirt_xml
@@ -49,6 +50,7 @@ app = typer.Typer(
 app.add_typer(sr_commands, name="sr")
 vdi_commands.command("libvirt-xml")(libvirt_xml)
 app.add_typer(vdi_commands, name="vdi")
+app.add_typer(tip_commands, name="tip")
 app.add_typer(smapi_commands, name="smapi")
 app.add_typer(personality_commands, name="personality")
 app.add_typer(xapi_commands, name="xapi")
@@ -57,6 +59,9 @@ app.add_typer(fault_commands, name="fault")
 app.command("snapshot")(snapshot)
 app.command("clone")(clone)
 app.command("revert")(revert)
+app.command("undo")(undo)
+app.command("redo")(redo)
+app.command("tree")(tree)
 app.command("diff")(diff)
 app.command("mount")(mount)
 app.command("umount")(umount)

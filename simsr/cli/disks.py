@@ -1,4 +1,4 @@
-"""The commands about VDIs and their snapshots that are one call of the API each."""
+"""The commands about VDIs that are one call of the API each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from simsr.cli.space import space_of
 from simsr.cli.terms import set_terms
 from simsr.units import format_size, parse_size
 
-__all__ = ["vdi_commands", "snapshot", "clone", "revert"]
+__all__ = ["vdi_commands", "clone", "called", "Json", "Name", "Sr", "Vdi"]
 
 vdi_commands = typer.Typer(help="Create, list, show, resize and delete VDIs.")
 
@@ -36,10 +36,15 @@ def create(
 
 
 @vdi_commands.command("list")
-def list_vdis(context: typer.Context, sr: Sr = None, as_json: Json = False) -> None:
+def list_vdis(
+    context: typer.Context,
+    sr: Sr = None,
+    tips: Annotated[bool, typer.Option("--tips", help="With the tips that reverts have left.")] = False,
+    as_json: Json = False,
+) -> None:
     """List VDIs, each followed by its snapshots."""
     client: Client = context.obj.client
-    vdis = client.get("/v1/vdis", **({"sr": checked_text("SR", sr)} if sr else {}))
+    vdis = client.get("/v1/vdis", **({"sr": checked_text("SR", sr)} if sr else {}), **({"tips": "true"} if tips else {}))
     if as_json:
         return print_json(vdis)
     names = {vdi["uuid"]: vdi["name"] or vdi["uuid"] for vdi in vdis}
@@ -107,7 +112,7 @@ def resize(
     changed = client.post(client.vdi_path(vdi, "resize"), {"size_bytes": parse_size(size)})
     if as_json:
         return print_json(changed)
-    say(f"VDI {_called(changed)} has {size_and_bytes(changed['size_bytes'])} now.")
+    say(f"VDI {called(changed)} has {size_and_bytes(changed['size_bytes'])} now.")
 
 
 vdi_commands.command("set")(set_terms)
@@ -122,7 +127,7 @@ def delete(context: typer.Context, vdi: Vdi) -> None:
     client: Client = context.obj.client
     found = client.get(client.vdi_path(vdi))
     client.delete(client.vdi_path(found["uuid"]))
-    say(f"{'Snapshot' if found['is_a_snapshot'] else 'VDI'} {_called(found)} is deleted.")
+    say(f"{'Snapshot' if found['is_a_snapshot'] else 'VDI'} {called(found)} is deleted.")
 
 
 @vdi_commands.command("uri")
@@ -133,15 +138,6 @@ def uri(context: typer.Context, vdi: Vdi) -> None:
     """
     client: Client = context.obj.client
     print(client.get(client.vdi_path(vdi))["nbd_uri"])
-
-
-def snapshot(context: typer.Context, vdi: Vdi, name: Name = None) -> None:
-    """Take a snapshot and print its uuid.
-
-    The VDI may be in use meanwhile.
-    """
-    client: Client = context.obj.client
-    print(client.post(client.vdi_path(vdi, "snapshot"), {"name": _text("name", name)})["uuid"])
 
 
 def clone(
@@ -157,31 +153,11 @@ def clone(
     print(client.post(client.vdi_path(vdi, "clone"), {"name": _text("name", name)})["uuid"])
 
 
-def revert(
-    context: typer.Context,
-    snapshot: Annotated[str, typer.Argument(metavar="SNAP", help="The snapshot to go back to.")],
-    as_json: Json = False,
-) -> None:
-    """Take a VDI back to one of its snapshots.
-
-    Its uuid and name and the snapshot stay as they are. Nothing may be writing to the VDI.
-    """
-    client: Client = context.obj.client
-    answer = client.post(client.vdi_path(snapshot, "revert"), {})
-    if as_json:
-        return print_json(answer)
-    vdi = answer["vdi"]
-    if not answer["changed"]:
-        return say(f"VDI {_called(vdi)} is as it was in {snapshot}; nothing to revert.")
-    resized = f" Its size is {size_and_bytes(vdi['size_bytes'])} again." if answer["size_changed"] else ""
-    say(f"VDI {_called(vdi)} is reverted to {snapshot}.{resized}")
-
-
 def _text(what: str, value: str | None) -> str | None:
     return None if value is None else checked_text(what, value)
 
 
-def _called(vdi: dict[str, Any]) -> str:
+def called(vdi: dict[str, Any]) -> str:
     """Return how a sentence names a VDI."""
     return f"{vdi['uuid']} ({vdi['name']})" if vdi["name"] else str(vdi["uuid"])
 

@@ -65,15 +65,31 @@ def set_sr(
         typer.Option("--verify-reads/--no-verify-reads", help="Verify all blocks that are read, or only those from the disk."),
     ] = None,
     name: Annotated[Optional[str], typer.Option("--name", metavar="N", help="Another name.")] = None,
+    tips: Annotated[
+        Optional[int], typer.Option("--tips", metavar="N", help="Tips that each disk keeps when it is reverted; 0: none.")
+    ] = None,
+    tip_hours: Annotated[Optional[int], typer.Option("--tip-hours", metavar="H", help="For how long; 0: not at all.")] = None,
+    expose_tips: Annotated[
+        Optional[bool], typer.Option("--expose-tips/--hide-tips", help="List tips with the snapshots, for xapi, too.")
+    ] = None,
 ) -> None:
     """Change settings of an SR."""
     client: Client = context.obj.client
-    body: dict[str, Any] = {} if verify_reads is None else {"verify_reads": verify_reads}
+    settings = {"verify_reads": verify_reads, "tips_max": tips, "tips_hours": tip_hours, "expose_tips": expose_tips}
+    body: dict[str, Any] = {key: value for key, value in settings.items() if value is not None}
     if name is not None:
         body["name"] = checked_text("name", name)
     changed = client.patch(client.sr_path(sr), body)
     verified = "all reads" if changed["verify_reads"] else "reads from the disk"
     say(f"SR {changed['uuid']} ({changed['name']}): {verified} are verified.")
+    if {"tips_max", "tips_hours", "expose_tips"} & body.keys():
+        say(f"Its disks keep {_tips(changed)}.")
+
+
+def _tips(sr: dict[str, Any]) -> str:
+    if not (sr["tips_max"] and sr["tips_hours"]):
+        return "no tips"
+    return f"{sr['tips_max']} tips for {sr['tips_hours']} hours{', listed with the snapshots' if sr['expose_tips'] else ''}"
 
 
 @sr_commands.command("list")
@@ -128,6 +144,7 @@ def status(
         ("verified", "all reads" if found["verify_reads"] else "reads from the disk only"),
         *((name, size_and_bytes(found["space"][f"{name}_bytes"])) for name in _SPACE),
         ("virtual", size_and_bytes(found["virtual_allocation_bytes"])),
+        ("tips", f"{found['tip_count']}; a disk keeps {_tips(found)}"),
         ("vdis", found["vdi_count"]),
         ("snapshots", found["snapshot_count"]),
     ]

@@ -97,6 +97,6 @@ def refuse_loss(plans: Sequence[Reverted]) -> None:
     """Raise `WouldLose` if a plan has nodes go, or what a head is."""
     for plan in plans:
         if plan.removed or plan.lost:
-            nodes = f"{len(plan.removed)} snapshots or tips" if plan.removed else ""
+            nodes = f"{len(plan.removed)} of its snapshots and tips" if plan.removed else ""
             head = "what the disk holds and no snapshot does" if plan.lost else ""
             raise WouldLose(operation=plan.mode, uuid=plan.vdi.uuid, what=" and ".join(filter(None, (nodes, head))))

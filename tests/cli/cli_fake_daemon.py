@@ -107,6 +107,10 @@ class FakeDaemon:
             "limit_bytes": None,
             "personality": "sim",
             "verify_reads": True,
+            "tips_max": 8,
+            "tips_hours": 24,
+            "expose_tips": False,
+            "tip_count": 0,
             "space": {f"{name}_bytes": 4096 for name in ("live", "garbage", "reclaimable", "reserved", "free", "map", "segment")},
         }
 

@@ -182,3 +182,44 @@ def test_everything_is_there_after_a_restart(simsr, root, image):
         assert json.loads(simsr("vdi", "list", "--json").out) == before
         [uri] = simsr("vdi", "uri", "root").lines
         assert same(uri, image)
+
+
+def test_histories_by_hand(simsr, sr, monkeypatch):
+    """Every command about histories once, against the real daemon."""
+    disk = simsr("vdi", "create", "--size", "1MiB", "--name", "root").out.strip()
+    other = simsr("vdi", "create", "--size", "1MiB", "--name", "data").out.strip()
+    a = simsr("snapshot", "root", "--name", "a").out.strip()
+    assert simsr("vdi", "resize", "root", "2MiB").status == 0
+    pair = simsr("snapshot", "root", "data", "--group", "--name", "pair").lines
+    assert len(pair) == 2 and simsr("snapshot", "root", "data").status == 2
+    assert simsr("vdi", "resize", "root", "3MiB").status == 0
+    plan = json.loads(simsr("revert", "a", "--dry-run", "--json").out)
+    assert plan["dry_run"] and plan["members"][0]["size_bytes"] == MIB and "kept as a tip" in simsr("revert", "a", "--dry-run").out
+    assert simsr("revert", a).lines == [f"VDI {disk} (root) is reverted to {a}. Its size is 1 MiB (1048576 bytes) again."]
+    [header, tip] = simsr("tip", "list", "root").lines
+    tip = tip.split()[0]
+    assert tip not in simsr("vdi", "list").out and tip in simsr("vdi", "list", "--tips").out
+    drawn = simsr("tree", "root", "--ascii")
+    assert drawn.status == 0 and "`- " in drawn.out and "* root" in drawn.out and "undo: reset" in drawn.lines[-1]
+    assert "└─ " in simsr("tree", "root", "--utf8").out
+    assert json.loads(simsr("tree", "root", "--json").out)["vdi"] == disk
+    assert "is taken back" in simsr("undo", "root").out and simsr("redo", "root").status == 0
+    assert simsr("redo", "root").status == 62
+    assert "end of the branch" in simsr("revert", "root", "--follow", tip).out
+    assert simsr("revert", pair[0], "--group").status == 0
+    refused = simsr("revert", "a", "--discard")
+    assert refused.status == 59 and "would lose 1 of its snapshots" in refused.err and "--yes" in refused.err
+    assert "Gone: 1 snapshot or tip" in simsr("revert", "a", "--discard", "--yes").out
+    assert simsr("vdi", "show", a).status == 10 and simsr("undo", "root").status == 0 and simsr("vdi", "show", a).status == 0
+    assert simsr("revert", "a", "--commit").lines == [f"VDI {disk} (root) is what a holds now."]
+    tip = simsr("tip", "list", "root").lines[-1].split()[0]
+    assert simsr("tip", "pin", tip, "--name", "kept").lines == [f"Tip {tip} is snapshot {tip} (kept) now."]
+    assert simsr("tip", "delete", tip).status == 2
+    assert simsr("sr", "set", sr, "--tips", "0").lines[-1] == "Its disks keep no tips."
+    assert "no tips" in simsr("sr", "status", sr).out
+    assert simsr("vdi", "resize", "root", "5MiB").status == 0
+    assert simsr("revert", "kept").status == 59, "without tips what is not snapshotted would go"
+    assert simsr("revert", "kept", "--yes").status == 0
+    for name in ("kept", "a", "pair", pair[0], pair[1], disk, other):
+        simsr("vdi", "delete", name)
+    assert simsr("sr", "set", sr, "--tips", "8", "--hide-tips").lines[-1] == "Its disks keep 8 tips for 24 hours."
