@@ -71,7 +71,7 @@ class Reverting:
             if vdi.volume in engine.gates:
                 raise VdiInUse(operation="revert", uuid=vdi.uuid, by="another revert")
             if vdi.attachments:
-                log.warning("VDI %s is being reverted (live=%s) below %s, who do not know", vdi.uuid, live, vdi.used_by)
+                log.warning("VDI %s is being reverted below %s, who do not know", vdi.uuid, vdi.used_by)
         gate = Gate(failing=live == ERROR, barred=live == DISCONNECT)
         for vdi in vdis:
             engine.gates[vdi.volume] = gate
