@@ -253,12 +253,12 @@ class Connection:
         answers: list[bytes] = []
         if self._disk.scripted is not None or self._scripted.pieces:
             return await self._handle_scripted(batch)
-        size, writable, going_on = self._size_bytes, self._writable_bytes, True
+        size, writable, going_on, plain = self._size_bytes, self._writable_bytes, True, True
         for request in batch:
-            command, flags, _, offset, length, payload, _ = request
+            command, flags, _, offset, length, payload, final = request
             if command == c.NBD_CMD_READ and not flags and 0 < length <= c.MAX_REQUEST_BYTES and offset + length <= size:
                 reads.append(request)
-            elif command == c.NBD_CMD_WRITE and not flags and offset + length <= writable:
+            elif command == c.NBD_CMD_WRITE and not flags and offset + length <= writable and final:
                 writes.append((offset, length, payload))
                 written.append(request)
             elif command == c.NBD_CMD_FLUSH and not flags:
@@ -267,13 +267,14 @@ class Connection:
                 going_on, self._disk.in_order = False, True
                 break
             elif problem := self._problem(request):
-                if request.final:
+                if final:
                     answers.append(self._replies.error(request, *problem))
             elif command == c.NBD_CMD_READ and not length:
                 answers.append(self._replies.nothing(request))
             elif command == c.NBD_CMD_READ:
                 reads.append(request)
             elif command == c.NBD_CMD_WRITE:
+                plain = False
                 writes.append((offset, length, payload))
                 written.append(request)
             elif command in (c.NBD_CMD_WRITE_ZEROES, c.NBD_CMD_TRIM):
@@ -283,6 +284,7 @@ class Connection:
                 if length > c.CLEAR_AT_ONCE_BYTES:
                     await self._later(self._clear_and_answer, request, offset, length)
                     continue
+                plain = False
                 writes.append((offset, length, None))
                 written.append(request)
             elif command == c.NBD_CMD_FLUSH:
@@ -296,7 +298,7 @@ class Connection:
                 else:
                     await self._later(self._status_and_answer, request)
         if written:
-            await self._write(writes, written, answers, flushes)
+            await self._write(writes, written, answers, flushes, plain)
         if flushes:
             self._flush(flushes, answers)
         if answers:
@@ -398,9 +400,9 @@ class Connection:
     # Writing.
 
     async def _write(
-        self, writes: list[Write], requests: list[Request], answers: list[bytes], flushes: list[Request]
+        self, writes: list[Write], requests: list[Request], answers: list[bytes], flushes: list[Request], plain: bool = False
     ) -> None:
-        """Write; what is done goes into ``answers``, what has to be durable first into ``flushes``."""
+        """Write; what is done goes into ``answers``, what has to be durable first into ``flushes``. ``plain``: none has a flag or more to come."""
         try:
             done = self._disk.write(writes)
             if done < len(writes):
@@ -418,6 +420,9 @@ class Connection:
                 self._failed[requests[0].cookie] = error
             return
         durable = self._each_write_durable()
+        if plain and not durable and not self._failed:
+            answers += self._replies.done(requests)
+            return
         acknowledged = []
         for request in requests:
             if not request.final:
