@@ -228,3 +228,34 @@ def killed_while(simsrd: Simsrd, snapshot: str, delay_s: float) -> bool:
     thread.join(30)
     simsrd.kill()
     return bool(answered)
+
+
+# Space.
+
+
+def test_a_full_sr_lets_go_of_tips_before_it_refuses_a_write(api):  # noqa: F811
+    """Invariant 10 in the daemon: tips fill an SR of 64 MiB, and writing goes on over them; snapshots stay."""
+    sr = api.sr("full", limit_bytes=64 * MIB)
+    disk = api.vdi(8 * MIB, name="full", sr="full")
+    payload = [bytes([value]) * MIB for value in range(1, 200)]
+
+    def fill(value: int) -> None:
+        with WireClient.connect(disk["nbd_socket"]) as client:
+            for at in range(8):
+                client.write(at * MIB, payload[value])
+            client.disconnect()
+
+    fill(1)
+    snapshot = api.snapshot(disk)
+    given_up = 0
+    for turn in range(12):
+        before = {tip["uuid"] for tip in api.ok("GET", f"/v1/vdis/{disk['uuid']}/tips")}
+        fill(2 + turn)
+        given_up += len(before - {tip["uuid"] for tip in api.ok("GET", f"/v1/vdis/{disk['uuid']}/tips")})
+        assert api.act(snapshot, "revert")["changed"]
+        assert first(api, disk) == payload[1][:1]
+    assert given_up >= 3, "the SR never got tight"
+    assert api.ok("GET", f"/v1/srs/{sr['uuid']}")["limit_bytes"] == 64 * MIB
+    assert first(api, disk) == payload[1][:1] and api.show(snapshot)["is_a_snapshot"]
+    api.act(disk, "undo")
+    assert first(api, disk) == payload[13][:1]
