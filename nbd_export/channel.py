@@ -9,6 +9,8 @@ from __future__ import annotations
 import socket
 import ssl
 from collections import deque
+from functools import partial
+from time import perf_counter_ns
 
 import trio
 
@@ -21,12 +23,17 @@ class Channel:
     """What a connection sends and receives through.
 
     ``unsent`` is not empty while some task is in `drain`; ``drained`` is set when that ends. ``turn_began_ns``: since when the
-    connection's task has gone on without letting others go on; the tasks that move data keep it.
+    connection's task has gone on without letting others go on; the tasks that move data keep it, by the clock ``now_ns``.
+    ``readable`` and ``writable`` wait until there is something to receive, or room to send.
     """
+
+    now_ns = staticmethod(perf_counter_ns)
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.recv_into = sock.recv_into
+        self.readable = partial(trio.lowlevel.wait_readable, sock)
+        self.writable = partial(trio.lowlevel.wait_writable, sock)
         self.unsent: deque[bytes | memoryview] = deque()
         self.drained = trio.Event()
         self.turn_began_ns = 0
@@ -54,7 +61,7 @@ class Channel:
         unsent = self.unsent
         try:
             while unsent:
-                await trio.lowlevel.wait_writable(self.sock)
+                await self.writable()
                 if rest := self._send_now(unsent[0]):
                     unsent[0] = rest
                 else:
@@ -100,7 +107,7 @@ class TlsChannel(Channel):
             except ssl.SSLError:
                 await self._send_pending()  # the alert that says why
                 raise
-            await trio.lowlevel.wait_readable(self.sock)
+            await self.readable()
             if not self._take_from_socket():
                 raise ConnectionError("the client went away in the TLS handshake")
         await self._send_pending()

@@ -16,12 +16,10 @@ from __future__ import annotations
 
 import errno
 import logging
-import socket
 import ssl
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
-from time import perf_counter_ns
 from typing import Protocol
 
 import trio
@@ -65,11 +63,10 @@ class Owner(Protocol):
 class Connection:
     """One client. `run` is its task."""
 
-    def __init__(self, server: Owner, sock: socket.socket, peer: Peer) -> None:
+    def __init__(self, server: Owner, channel: Channel, peer: Peer) -> None:
         self._server = server
-        self.sock = sock
+        self._channel = channel
         self._peer = peer
-        self._channel = Channel(sock)
         self._slow = trio.Semaphore(_SLOW_MAX)
         self._spin_ns = _SPIN_MIN_NS
         self._flushes = 0  # requests that wait for a flush
@@ -150,7 +147,7 @@ class Connection:
             try:
                 count = self._channel.recv_into(space)
             except BlockingIOError:
-                await trio.lowlevel.wait_readable(self.sock)
+                await self._channel.readable()
                 continue
             if not count:
                 return None
@@ -170,7 +167,7 @@ class Connection:
         """What was said in the clear so far counts for nothing, and what was said too early is refused: anybody may have said it."""
         if handshake.leftover:
             raise ProtocolError("the client, or somebody in between, sent more in the clear behind STARTTLS")
-        channel = TlsChannel(self.sock, context)
+        channel = TlsChannel(self._channel.sock, context)
         try:
             await channel.shake_hands()
         except ssl.SSLError as error:
@@ -182,7 +179,7 @@ class Connection:
 
     async def _transmit(self) -> None:
         parser, server, channel, terms = self._parser, self._server, self._channel, self._terms
-        channel.turn_began_ns = perf_counter_ns()
+        channel.turn_began_ns = channel.now_ns()
         while True:
             batch = parser.requests()
             if batch:
@@ -200,10 +197,10 @@ class Connection:
     async def _receive(self) -> bool:
         """Get more bytes into the parser; False when the client is gone."""
         space, channel = self._parser.space(), self._channel
-        now = perf_counter_ns()
+        now = channel.now_ns()
         if now - channel.turn_began_ns > _TURN_MAX_NS:
             await trio.lowlevel.checkpoint()
-            channel.turn_began_ns = now = perf_counter_ns()
+            channel.turn_began_ns = now = channel.now_ns()
         may_spin = self._server.may_spin(self, now) and not self._flushes  # whose end would go unnoticed meanwhile
         deadline = now + self._spin_ns if may_spin else 0
         while True:
@@ -211,13 +208,13 @@ class Connection:
                 count = channel.recv_into(space)
             except BlockingIOError:
                 if deadline:
-                    if perf_counter_ns() < deadline:
+                    if channel.now_ns() < deadline:
                         continue
                     deadline = 0
                     self._spin_ns = max(_SPIN_MIN_NS, self._spin_ns // 2)
-                slept = perf_counter_ns()
-                await trio.lowlevel.wait_readable(self.sock)
-                channel.turn_began_ns = perf_counter_ns()
+                slept = channel.now_ns()
+                await channel.readable()
+                channel.turn_began_ns = channel.now_ns()
                 if channel.turn_began_ns - slept < _SPIN_MAX_NS:
                     self._spin_ns = min(_SPIN_MAX_NS, self._spin_ns * 4)
                 continue
@@ -238,7 +235,7 @@ class Connection:
         """`_handle`, when the export's limits allow it."""
         rate = self._terms.rate
         for portion in rate.portions(batch):
-            if wait_ns := rate.take(portion, perf_counter_ns()):
+            if wait_ns := rate.take(portion, self._channel.now_ns()):
                 await trio.sleep(wait_ns / 1e9)
             if not await self._handle(portion):
                 return False

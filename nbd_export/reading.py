@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from time import perf_counter_ns
 
 import trio
 
@@ -65,9 +64,9 @@ class Reader:
             return
         offset, left = request.offset, request.length
         while left and request.cookie not in given_away:
-            if perf_counter_ns() - self._channel.turn_began_ns > _LONG_TURN_MAX_NS:
+            if self._channel.now_ns() - self._channel.turn_began_ns > _LONG_TURN_MAX_NS:
                 await trio.lowlevel.checkpoint()
-                self._channel.turn_began_ns = perf_counter_ns()
+                self._channel.turn_began_ns = self._channel.now_ns()
             length = min(left, PIECE_BYTES)
             left -= length
             await self._send_pieces([(request, offset, length, not left)], header_bytes + length, given_away)

@@ -12,6 +12,7 @@ import stat
 
 import trio
 
+from nbd_export.channel import Channel
 from nbd_export.connection import Connection
 from nbd_export.disk import Disks
 from nbd_export.peer import Peer, peer_of
@@ -107,31 +108,48 @@ class NbdServer:
                         log.warning("a connection is closed: there are %d, and no more are allowed", self.connections)
                         sock.close()
                         continue
-                    self.connections += 1
-                    self.connections_total += 1
-                    nursery.start_soon(self._connection, sock, fixed_export, tls_required)
+                    nursery.start_soon(self._accepted, sock, self._count_in(), fixed_export, tls_required)
             finally:
                 nursery.cancel_scope.cancel()
 
-    async def _connection(self, sock: socket.socket, fixed_export: str | None, tls_required: bool = False) -> None:
-        peer = Peer(f"nbd client {self.connections_total}")
+    async def converse(self, channel: Channel, *, fixed_export: str | None = None) -> None:
+        """Serve one client that did not come over a listening socket, until one side ends it."""
+        await self._serve(channel, Peer(f"nbd client {self._count_in()}"), fixed_export, self._tls_required)
+
+    def _count_in(self) -> int:
+        """One more; returns its number."""
+        self.connections += 1
+        self.connections_total += 1
+        return self.connections_total
+
+    async def _accepted(self, sock: socket.socket, number: int, fixed_export: str | None, tls_required: bool) -> None:
+        with sock:
+            peer = Peer(f"nbd client {number}")
+            try:
+                peer = peer_of(sock, number)
+                sock.setblocking(False)
+                if sock.family != socket.AF_UNIX:
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+                    sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
+            except OSError as error:
+                log.info("%s: connection closed: %s", peer.label, error)
+                self.connections -= 1
+                return
+            await self._serve(Channel(sock), peer, fixed_export, tls_required)
+
+    async def _serve(self, channel: Channel, peer: Peer, fixed_export: str | None, tls_required: bool) -> None:
+        connection = Connection(self, channel, peer)
         try:
-            peer = peer_of(sock, self.connections_total)
-            sock.setblocking(False)
-            if sock.family != socket.AF_UNIX:
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-                sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
-            await Connection(self, sock, peer).run(self._disks, fixed_export, self._tls, tls_required)
+            await connection.run(self._disks, fixed_export, self._tls, tls_required)
         except* (OSError, ProtocolError) as group:
             log.info("%s: connection closed: %s", peer.label, group.exceptions[0])
         except* Exception:
             log.exception("%s: connection closed by a bug in simsr", peer.label)
         finally:
             self.connections -= 1
-            if self._busy is not None and self._busy.sock is sock:
+            if self._busy is connection:
                 self._busy = None
-            sock.close()
 
     @property
     def tls_mode(self) -> str:

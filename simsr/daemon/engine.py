@@ -26,6 +26,7 @@ from outcome import Outcome
 
 from nbd_export.disk import Scripted
 from nbd_export.limits import Terms
+from simsr.daemon import threads
 from simsr.daemon.gate import Gate, Gated
 from simsr.daemon.upkeep import Upkeep
 from simsr.errors import SimsrError, StoreStopped
@@ -140,7 +141,7 @@ class Engine:
             with contextlib.suppress(trio.RunFinishedError):
                 token.run_sync_soon(self._flush_ended, job, result)
 
-        trio.lowlevel.start_thread_soon(job.run, deliver, "simsr flush")
+        threads.start_thread_soon(job.run, deliver, "simsr flush")
 
     def _flush_ended(self, job: FlushJob, result: Outcome) -> None:
         self._flush_job = None
@@ -176,7 +177,7 @@ class Engine:
         """Bring map nodes into memory. Raises `StoreDamaged`, OSError."""
         job = self.store.page_job(ids)
         try:
-            await trio.to_thread.run_sync(job.run, limiter=self._cold)
+            await threads.run_sync(job.run, limiter=self._cold)
         finally:
             job.finish()
 
@@ -289,7 +290,7 @@ class Disk(Gated):
                     jobs.append((index, await self._engine.paged(partial(self._volume.read_job, offset, view))))
                 except (SimsrError, OSError) as error:
                     errors[index] = error
-            await trio.to_thread.run_sync(run, limiter=self._engine._cold)
+            await threads.run_sync(run, limiter=self._engine._cold)
         finally:
             for _, job in jobs:
                 job.release()
@@ -340,7 +341,7 @@ class Disk(Gated):
             jobs = await engine.paged(partial(self._volume.edge_jobs, offset, length, view is None))
             try:
                 for block, job in jobs.items():
-                    await trio.to_thread.run_sync(job.run, limiter=engine._cold)
+                    await threads.run_sync(job.run, limiter=engine._cold)
                     fetched[block] = job.fetched
             finally:
                 for job in jobs.values():

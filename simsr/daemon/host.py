@@ -6,19 +6,13 @@
     ROOT/nbd/<uuid>.sock   NBD, one VDI whatever name the client asks for (tapdisk always asks for the same one)
     ROOT/sr/<uuid>/        the store of one SR
 
-An SR comes into being under a name that is not a uuid and is renamed when it is whole; it is deleted the other way round. So
-whatever else is in ``sr/`` at the start was left by a crash, and goes.
-
 Every operation here that changes something returns when it is durable.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import logging
 import os
-import shutil
 import socket
 import time
 import uuid as uuid_module
@@ -32,19 +26,20 @@ from urllib.parse import quote
 
 import trio
 
-from nbd_export.server import NbdServer, listen_unix
+from nbd_export.server import NbdServer
+from simsr.daemon import threads
 from simsr.daemon.engine import Disk, Engine
 from simsr.daemon.mounts import Mounts
 from simsr.daemon.nbd_offer import NbdExports
+from simsr.daemon.root import DiskRoot, Root
 from simsr.daemon.theatre import Theatre
-from simsr.errors import Ambiguous, BadRequest, NoSpace, SimsrError, SrExists, StoreLocked
+from simsr.errors import Ambiguous, BadRequest, NoSpace, SimsrError, SrExists
 from simsr.errors import StoreStopped, UnknownPersonality, VdiExists, VdiInUse
 from simsr.personalities import find_personality
 from simsr.sr.lookup import resolve
 from simsr.sr.repository import Repository, check_text, check_uuid
 from simsr.sr.space import check_limit, geometry_for
 from simsr.sr.vdi import Vdi
-from simsr.store.files import DiskDirectory
 from simsr.store.node_table import MAP_MEMORY_BYTES, MapMemory
 from simsr.store.store import Store
 
@@ -84,11 +79,14 @@ class Host:
     """Everything one simsrd holds. Use: ``async with trio.open_nursery() as n: await n.start(host.run)``."""
 
     def __init__(
-        self, root: str, nbd_socket: str | None = None, map_memory_bytes: int = MAP_MEMORY_BYTES, **nbd_options: Any
-    ) -> None:
-        """``nbd_options``: those of `NbdServer`."""
+        self, root: str, nbd_socket: str | None = None, map_memory_bytes: int = MAP_MEMORY_BYTES, *, files: Root | None = None,
+        now: Callable[[], str] = _now, new_uuid: Callable[[], str] = _new_uuid, **nbd_options: Any,
+    ) -> None:  # fmt: skip
+        """``files``: what is at ``root``, if not a directory; ``now``, ``new_uuid``: whence times and uuids come; ``nbd_options``: those of
+        `NbdServer`."""
         self.memory = MapMemory(map_memory_bytes)
         self.root = os.path.abspath(root)
+        self._files, self._now, self._new_uuid = files or DiskRoot(self.root), now, new_uuid
         self.nbd_socket = nbd_socket or os.path.join(self.root, "nbd.sock")
         self.nbd_tcp: str | None = None  # HOST:PORT, if NBD is served on TCP, too
         self.mounted: dict[str, Mounted] = {}
@@ -101,25 +99,12 @@ class Host:
         self._listeners: dict[str, trio.CancelScope] = {}
         self._srs_lock = trio.Lock()
         self._nursery: trio.Nursery
-        self._lock_fd = -1
 
     # Life.
 
     def prepare(self) -> None:
         """Make the directories, take the lock, sweep up what a crash left. Raises OSError, `StoreLocked`."""
-        os.makedirs(self._path("sr"), mode=0o700, exist_ok=True)
-        os.makedirs(self._path("nbd"), exist_ok=True)
-        self._lock_fd = os.open(self._path("lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StoreLocked(path=self.root) from None
-        for name in os.listdir(self._path("sr")):
-            if name.startswith((".new-", ".deleted-")):
-                shutil.rmtree(self._path("sr", name))
-        for name in os.listdir(self._path("nbd")):
-            if name.endswith(".sock"):
-                os.unlink(self._path("nbd", name))
+        self._files.prepare()
 
     async def run(self, listeners: Iterable[socket.socket] = (), task_status=trio.TASK_STATUS_IGNORED) -> None:
         """Open all SRs and serve them until cancelled; then close them, with a checkpoint each."""
@@ -127,9 +112,9 @@ class Host:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 await nursery.start(self.theatre.run)
-                for name in sorted(os.listdir(self._path("sr"))):
-                    await self._mount_found(self._path("sr", name))
-                for listener in listeners or [listen_unix(self.nbd_socket)]:
+                for name in self._files.srs():
+                    await self._mount_found(name)
+                for listener in listeners or filter(None, [self._files.listen(self.nbd_socket)]):
                     nursery.start_soon(self.nbd.serve, listener)
                 task_status.started()
                 await trio.sleep_forever()
@@ -137,14 +122,15 @@ class Host:
             with trio.CancelScope(shield=True):
                 for mounted in self.mounted.values():
                     await self._close(mounted)
-            os.close(self._lock_fd)
+            self._files.release()
 
     def _path(self, *parts: str) -> str:
         return os.path.join(self.root, *parts)
 
-    async def _mount_found(self, path: str) -> None:
+    async def _mount_found(self, name: str) -> None:
+        path = self._files.sr_path(name)
         try:
-            store = await trio.to_thread.run_sync(Store.open, DiskDirectory(path), self.memory)
+            store = await threads.run_sync(Store.open, self._files.open(name), self.memory)
         except (SimsrError, OSError) as error:
             log.error("SR not opened: %s. %s", error, getattr(error, "hint", ""))
             self.failed[path] = str(error)
@@ -154,7 +140,7 @@ class Host:
         except UnknownPersonality as error:  # a newer simsr made it
             log.error("SR %s not opened: %s. %s", path, error, error.hint)
             self.failed[path] = str(error)
-            await trio.to_thread.run_sync(store.close)
+            await threads.run_sync(store.close)
             return
         recovered = store.recovered
         if recovered["records_replayed"] or recovered["records_dropped"]:
@@ -165,7 +151,7 @@ class Host:
         await self._mount(store)
 
     async def _mount(self, store: Store) -> Mounted:
-        repository = Repository(store, _now, _new_uuid)
+        repository = Repository(store, self._now, self._new_uuid)
         store.observer = partial(self.theatre.committed, repository.uuid)
         mounted = Mounted(repository, Engine(store, self.mounts.replaced), trio.CancelScope(), trio.Event())
         mounted.engine.give_up = repository.keeper.give_up_oldest
@@ -200,7 +186,7 @@ class Host:
         mounted.scope.cancel()
         await mounted.engine.settle()
         try:
-            await trio.to_thread.run_sync(mounted.repository.store.close)
+            await threads.run_sync(mounted.repository.store.close)
         except SimsrError as error:
             log.error("%s", error)
 
@@ -246,7 +232,7 @@ class Host:
 
         Raises `BadSize`, `SrExists`, `BadRequest`, `UnknownPersonality`, `NoSpace`; nothing is left behind then.
         """
-        uuid = check_uuid(uuid) if uuid else _new_uuid()
+        uuid = check_uuid(uuid) if uuid else self._new_uuid()
         meta = {
             "uuid": uuid, "name": check_text("name", name), "description": check_text("description", description),
             "sm_config": dict(sm_config), "limit_bytes": None if limit_bytes is None else check_limit(limit_bytes),
@@ -255,34 +241,24 @@ class Host:
         if not name:
             raise BadRequest(what="the name of the SR", reason="it is empty")
         async with self._srs_lock:
-            final = self._path("sr", uuid)
-            if os.path.exists(final):
+            if uuid in self._files.srs():
                 raise SrExists(name=uuid)
             if any(mounted.repository.name == name for mounted in self.mounted.values()):
                 raise SrExists(name=name)
-            store = await trio.to_thread.run_sync(self._make_store, uuid, meta, final)
+            store = await threads.run_sync(self._make_store, uuid, meta)
             return await self._mount(store)
 
-    def _make_store(self, uuid: str, meta: dict, final: str) -> Store:
-        temporary = self._path("sr", f".new-{uuid}")
+    def _make_store(self, uuid: str, meta: dict) -> Store:
         try:
-            directory = DiskDirectory(temporary)
+            directory = self._files.begin(uuid)
             geometry = geometry_for(meta["limit_bytes"])
             store = Store.create(directory, uuid_module.UUID(uuid).bytes, geometry, meta, self.memory)
             store.flush()
-            directory.rename(final)
-            self._sync_directory()
+            self._files.finish(directory, uuid)
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            self._files.give_up(uuid)
             raise
         return store
-
-    def _sync_directory(self) -> None:
-        fd = os.open(self._path("sr"), os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
 
     async def delete_sr(self, reference: str) -> None:
         """Delete an empty SR and its files. Raises `SrNotEmpty`, `SrInUse`."""
@@ -293,14 +269,11 @@ class Host:
             mounted.scope.cancel()
             with trio.CancelScope(shield=True):
                 await mounted.stopped.wait()
-                await trio.to_thread.run_sync(self._remove_store, mounted.repository.store)
+                await threads.run_sync(self._remove_store, mounted.repository.store)
 
     def _remove_store(self, store: Store) -> None:
         store.abandon()
-        gone = self._path("sr", f".deleted-{store.uuid}")
-        os.rename(store.directory.path, gone)
-        self._sync_directory()
-        shutil.rmtree(gone)
+        self._files.remove(store.directory, str(store.uuid))
 
     # VDIs.
 
@@ -353,9 +326,11 @@ class Host:
         if vdi.uuid in self._listeners:
             return
         try:
-            listener = listen_unix(self.socket_of(vdi))
+            listener = self._files.listen(self.socket_of(vdi))
         except OSError as error:
             log.error("VDI %s gets no socket of its own: %s", vdi.uuid, error)
+            return
+        if listener is None:
             return
         scope = self._listeners[vdi.uuid] = trio.CancelScope()
         self._nursery.start_soon(self._serve_one, scope, vdi.uuid, listener)
@@ -367,8 +342,7 @@ class Host:
     def _stop_listening(self, vdi: Vdi) -> None:
         if scope := self._listeners.pop(vdi.uuid, None):
             scope.cancel()
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.socket_of(vdi))
+            self._files.unlisten(self.socket_of(vdi))
 
     def plain_disk(self, vdi: Vdi) -> Disk:
         """A disk for the daemon's own reading and writing, outside of any scenario and without counting as a client."""

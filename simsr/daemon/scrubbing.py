@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 
 import trio
 
+from simsr.daemon import threads
 from simsr.daemon.host import Host, Mounted
 from simsr.errors import SimsrError, SrInUse
 from simsr.sr.damage import damage_lines
@@ -77,7 +78,7 @@ class _Run:
                     await self._keep_to_rate(began)
                 else:
                     with trio.CancelScope(shield=True):
-                        await trio.to_thread.run_sync(step, limiter=limiter)
+                        await threads.run_sync(step, limiter=limiter)
                     await trio.lowlevel.checkpoint()
         for one in scrub.damage:
             self.damage += damage_lines(repository.store, one.volumes, one.offset, one.length, kind=one.kind, where=one.where)

@@ -18,6 +18,7 @@ from nbd_export.disk import Dropped
 from scenarios.loader import load
 from scenarios.request import Effect, Request
 from scenarios.schema import Scenario
+from simsr.daemon import threads
 from simsr.daemon.alarm import Alarm
 from simsr.daemon.engine import Disk, Engine
 from simsr.daemon.scenario_run import LIVE, ScenarioRun
@@ -83,7 +84,7 @@ class Theatre:
             files.prepare(scenario)
             return scenario
 
-        scenario = await trio.to_thread.run_sync(read)
+        scenario = await threads.run_sync(read)
         if self.play is not None:
             raise ScenarioRunning(name=self.play.engine.scenario.name)
         self._step = step or STEPS[0]

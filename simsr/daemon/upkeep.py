@@ -12,6 +12,7 @@ from itertools import islice
 
 import trio
 
+from simsr.daemon import threads
 from simsr.errors import NoSpace, SimsrError, StoreStopped
 from simsr.store.checkpoint import Step
 from simsr.store.node_table import Absent
@@ -124,7 +125,7 @@ class Upkeep:
             if step is None:
                 await trio.lowlevel.checkpoint()
             else:
-                await trio.to_thread.run_sync(step, limiter=self._threads)
+                await threads.run_sync(step, limiter=self._threads)
 
     # Checkpoints.
 
@@ -191,7 +192,7 @@ class Upkeep:
         pool = self.store.pool
         while len(pool.spares) > max(_SPARES_KEPT, (pool.count - len(pool.spares)) // 2):
             segment = pool.take_spare_away()
-            await trio.to_thread.run_sync(pool.unlink, segment, limiter=self._threads)
+            await threads.run_sync(pool.unlink, segment, limiter=self._threads)
 
     # Cleaning.
 
@@ -225,7 +226,7 @@ class Upkeep:
                 if step is None:
                     await self._pace()
                 else:
-                    await trio.to_thread.run_sync(step, limiter=self._threads)
+                    await threads.run_sync(step, limiter=self._threads)
         finally:
             work.close()
 
@@ -254,7 +255,7 @@ class Upkeep:
                 self._spares_wanted = trio.Event()
             slot, file = pool.next_slot(), None
             try:
-                file = await trio.to_thread.run_sync(pool.make_file, slot, limiter=self._threads)
+                file = await threads.run_sync(pool.make_file, slot, limiter=self._threads)
                 self.no_space, pool.cannot_grow = None, False
             except (NoSpace, OSError) as error:
                 self.no_space = error if isinstance(error, NoSpace) else NoSpace(name=pool.path, reason=str(error))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import trio
 
+from simsr.daemon import threads
 from simsr.errors import NotFound, SimsrError, StoreError
 from simsr.store.walk import Walk
 
@@ -77,7 +78,7 @@ class Walks:
                         if step is None:
                             await trio.lowlevel.checkpoint()
                         else:
-                            await trio.to_thread.run_sync(step, limiter=self._threads)
+                            await threads.run_sync(step, limiter=self._threads)
             finally:
                 mounted.engine.wake()  # what only the walk still held can be taken apart
             return walk

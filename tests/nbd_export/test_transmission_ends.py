@@ -238,7 +238,7 @@ async def test_no_client_keeps_the_server_to_itself(rig, nursery):
 
     rig.disk.read = read
     nursery.start_soon(count_turns)
-    nursery.start_soon(rig.server._connection, Bottomless(fileno=ours.detach()), "disk")
+    nursery.start_soon(rig.server._accepted, Bottomless(fileno=ours.detach()), 1, "disk", False)
     with theirs:
         theirs.sendall(shake_hands_bytes("disk", structured=True))
         theirs.sendall(b"".join(request(READ, n, 0, 4 * MIB) for n in range(250)))
