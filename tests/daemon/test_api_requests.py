@@ -130,13 +130,13 @@ def test_every_field_of_every_body_is_checked(api):
     document = api.ok("GET", "/openapi.json")
     disk = api.vdi(name="fields")
     snapshot = api.snapshot(disk)
-    good = {"name": "x", "size_bytes": 4 * MIB, "client": "c", "writable": False, "limit_bytes": 64 * MIB, "phase": "end", "enabled": True, "path": "/x", "vdis": ["a", "b"]}
+    good = {"name": "x", "size_bytes": 4 * MIB, "client": "c", "writable": False, "limit_bytes": 64 * MIB, "phase": "end", "enabled": True, "path": "/x", "vdis": ["a", "b"], "parent": "x"}
     tried = 0
     with Unchanged(api):
         for path, item in document["paths"].items():
             for method, operation in item.items():
-                if "requestBody" not in operation:
-                    continue
+                if "requestBody" not in operation or path.startswith(("/v1/scenario", "/v1/fault", "/v1/heal")):
+                    continue  # scenarios are texts with errors of their own (test_scenarios.py)
                 schema = operation["requestBody"]["content"]["application/json"]["schema"]
                 schema = [choice for choice in schema.get("anyOf", [schema]) if "$ref" in choice][0]
                 schema = document["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
