@@ -6,6 +6,7 @@ pyfuse3 keeps its session in global variables, so there is one mount in a proces
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 import time
@@ -16,7 +17,7 @@ import pyfuse3
 import trio
 
 from fs_layout import mounting
-from fs_layout.operations import Operations
+from fs_layout.operations import REQUEST_BYTES_MAX, Operations
 from fs_layout.source import Source
 from fs_layout.turns import Turns
 from simsr.errors import MountBusy, MountFailed
@@ -28,6 +29,17 @@ log = logging.getLogger("simsr.fuse")
 TASKS_MAX = 10_000  # requests that wait for disks at one time; more are not read
 SYNC_TIMEOUT_S = 30.0
 INVALIDATION_TIMEOUT_S = 10.0
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
+def _keep_request_memory() -> None:
+    """Have malloc keep a few blocks of the size of the largest request. pyfuse3 makes a new one for each write, and to get 1 MiB from the
+    kernel and give it back every time costs more than what is done with it (mallopt(3); `simsr.daemon.main` set it low)."""
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(_M_MMAP_THRESHOLD, 2 * REQUEST_BYTES_MAX)
+        mallopt(_M_TRIM_THRESHOLD, 8 * REQUEST_BYTES_MAX)
 
 
 class FuseMount:
@@ -51,6 +63,7 @@ class FuseMount:
         self._turns = Turns(fd, self._source.is_busy)
         self.operations = Operations(self._source, self._turns, writeback=self.writeback, shared=self.shared)
         pyfuse3.trio = self._turns.as_module()
+        _keep_request_memory()
         try:
             pyfuse3.init(self.operations, f"/dev/fd/{fd}", ())
         except RuntimeError as error:
