@@ -50,12 +50,13 @@ class Workload:
 
 WORKLOADS = (
     Workload("rr4k", "4k random read, direct", ("--rw=randread", "--bs=4k", "--direct=1"), "IOPS", 0.9),
-    Workload("rw4k", "4k random write, direct", ("--rw=randwrite", "--bs=4k", "--direct=1"), "IOPS", 0.9),
     Workload("rr4k_j8", "4k random read, direct, 8 jobs", ("--rw=randread", "--bs=4k", "--direct=1", "--numjobs=8"), "IOPS", 0.8),
     Workload("sr1m", "1M sequential read, direct", ("--rw=read", "--bs=1M", "--direct=1"), "MB/s", 1.2),
-    Workload("sw1m", "1M sequential write, direct", ("--rw=write", "--bs=1M", "--direct=1"), "MB/s", 0.7),
+    Workload("rw4k", "4k random write, direct", ("--rw=randwrite", "--bs=4k", "--direct=1"), "IOPS", 0.9),
     Workload("b_rw4k", "4k random write, buffered", ("--rw=randwrite", "--bs=4k"), "IOPS", 3.0, "simsr-writeback"),
+    Workload("sw1m", "1M sequential write, direct", ("--rw=write", "--bs=1M", "--direct=1"), "MB/s", 0.7),
 )
+"""Every round begins with disks that were written in order; so reads come first."""
 
 
 # Servers: each gives the path of a file.
@@ -131,6 +132,11 @@ def measure(path: str, size_bytes: int, workload: Workload, seconds: float, seed
     return sum(side["bw_bytes"] for side in sides) / 1e6 if workload.unit == "MB/s" else sum(side["iops"] for side in sides)
 
 
+def fill(path: str, size_bytes: int) -> None:
+    """Write the whole disk in order, with data that no server can compress or share."""
+    fio(path, size_bytes, ("--rw=write", "--bs=1M", "--refill_buffers", "--end_fsync=1"), 600)
+
+
 def fio(path: str, size_bytes: int, options: tuple[str, ...], timeout_s: float) -> dict:
     command = [
         "fio", "--name=bench", "--thread", "--ioengine=psync", f"--filename={path}", f"--size={size_bytes}", "--group_reporting",
@@ -147,6 +153,8 @@ def fio(path: str, size_bytes: int, options: tuple[str, ...], timeout_s: float) 
 def measure_all(servers: list[Served], arguments: argparse.Namespace) -> list[Sample]:
     samples = []
     for round_number in range(arguments.rounds):
+        for server in servers:
+            fill(server.uri, arguments.size)
         for workload in WORKLOADS:
             now = {}
             taking_part = [one for one in servers if one.name == workload.ours or not one.name.startswith("simsr")]
@@ -208,8 +216,6 @@ def main(argv: list[str] | None = None) -> int:
                         raise
                     tell(f"without {name}: {failure}")
                     continue
-                tell(f"writing {name}'s disk")
-                fio(path, arguments.size, ("--rw=write", "--bs=1M", "--refill_buffers", "--end_fsync=1"), 600)
                 servers.append(Served(name, path))
             rows = rows_of("fresh", measure_all(servers, arguments))
     except (BenchFailure, SimsrError) as failure:
