@@ -17,13 +17,16 @@ from dataclasses import dataclass
 
 from simsr.errors import MountBusy, MountFailed, Unsupported
 
-__all__ = ["MountPoint", "check_directory", "mount", "mounted_at", "parse_mounts", "raise_background_limit", "sync", "unmount"]
+__all__ = [
+    "MountPoint", "check_directory", "mount", "mounted_at", "parse_mounts", "raise_background_limit", "raise_dirty_limit", "sync", "unmount",
+]  # fmt: skip
 
 TYPE = "fuse.simsr"
 _TOOL = "fusermount3"
 _TOOL_TIMEOUT_S = 60
 _OCTAL = re.compile(r"\\([0-7]{3})")
 _BACKGROUND_REQUESTS = 1024
+_DIRTY_PERCENT = 20
 _DEAD = (errno.ENOTCONN, errno.ECONNABORTED)
 
 
@@ -131,9 +134,19 @@ def sync(path: str) -> None:
 def raise_background_limit(device: str) -> bool:
     """Let the kernel have many requests under way that no program waits for (readahead, write-back, asynchronous I/O); 12 is the
     default, so a dozen that hang on one disk would stop those of all. Only root may, and only where fusectl is mounted."""
+    return _set(f"/sys/fs/fuse/connections/{device.partition(':')[2]}/max_background", _BACKGROUND_REQUESTS)
+
+
+def raise_dirty_limit(device: str) -> bool:
+    """Let the kernel collect more writes than the hundredth of its dirty pages that it grants a FUSE file system, which it takes for
+    slow: then writers wait for the write-back almost from the beginning. Only root may."""
+    return _set(f"/sys/class/bdi/{device}/max_ratio", _DIRTY_PERCENT)
+
+
+def _set(path: str, value: int) -> bool:
     try:
-        with open(f"/sys/fs/fuse/connections/{device.partition(':')[2]}/max_background", "w") as file:
-            file.write(str(_BACKGROUND_REQUESTS))
+        with open(path, "w") as file:
+            file.write(str(value))
     except OSError:
         return False
     return True

@@ -85,6 +85,8 @@ class FuseMount:
             where = await trio.to_thread.run_sync(mounting.mounted_at, self.path)
             if where is not None and not mounting.raise_background_limit(where.device):
                 log.info("%s: at most 12 readahead and asynchronous requests at one time, for all disks together", self.path)
+            if where is not None and self.writeback and not mounting.raise_dirty_limit(where.device):
+                log.info("%s: the kernel collects few writes before it has them written", self.path)
             log.info("VDIs are mounted at %s (%s)", self.path, "writeback" if self.writeback else "direct")
             task_status.started()
             await self._turns.ended.wait()

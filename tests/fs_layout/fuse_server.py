@@ -13,8 +13,6 @@ from functools import partial
 
 import trio
 
-from fs_layout.session import FuseMount
-
 MIB = 1 << 20
 UUIDS = {name: f"00000000-0000-4000-8000-00000000000{n}" for n, name in enumerate(("good", "hangs", "fails"))}
 
@@ -121,6 +119,8 @@ class FakeSource:
 
 
 async def main(path: str, cache: str) -> None:
+    from fs_layout.session import FuseMount  # needs pyfuse3, which what is above does not
+
     mount = FuseMount(FakeSource(path + ".hang"), path, writeback=cache == "writeback", shared=False)
     async with trio.open_nursery() as nursery:
         await nursery.start(mount.run)
@@ -130,7 +130,7 @@ async def main(path: str, cache: str) -> None:
         await mount.unmount(lazy=True)
 
 
-async def command(mount: FuseMount, line: str) -> None:
+async def command(mount, line: str) -> None:
     """``changed NAME``: as after a revert."""
     word, name = line.split()
     assert word == "changed"

@@ -143,6 +143,13 @@ def test_dirty_pages_and_a_grow_by_the_file_itself(writeback):
         assert os.pread(fd, 4 * MIB, MIB) == bytes([5]) * (4 * MIB)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may raise limits of the kernel")
+def test_the_kernel_may_collect_more_than_a_hundredth(writeback):
+    device = os.stat(writeback.directory).st_dev
+    with open(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/max_ratio") as file:
+        assert int(file.read()) == 20
+
+
 def test_opening_to_truncate_is_refused(writeback):
     disk, path = writeback.disk("o_trunc", MIB)
     with refused(errno.EINVAL):
