@@ -19,7 +19,7 @@ __all__ = [
     "overwrite_twice", "write_latencies",
 ]  # fmt: skip
 
-RAMP_TIME_S = 0.3
+RAMP_MS = 300
 SLOWEST_BYTES_PER_S = 2 << 20
 """A fill or a run that is slower than this counts as hung."""
 
@@ -40,8 +40,13 @@ def measure(uri: str, options: Sequence[str], seconds: float, seed: int) -> Spee
     first: what an earlier run left behind is not to be paid by this one.
     """
     os.sync()
-    timing = ("--time_based", f"--runtime={seconds}", f"--ramp_time={RAMP_TIME_S}")
-    return _run(uri, (*options, *timing, f"--randseed={seed}"), seconds + RAMP_TIME_S + 120)
+    timing = ("--time_based", _runtime(seconds), f"--ramp_time={RAMP_MS}ms")
+    return _run(uri, (*options, *timing, f"--randseed={seed}"), seconds + 120)
+
+
+def _runtime(seconds: float) -> str:
+    """In milliseconds: of a fraction of seconds fio takes the whole ones, or much less."""
+    return f"--runtime={round(seconds * 1000)}ms"
 
 
 def burst(uri: str, options: Sequence[str], io_bytes: int, seed: int) -> Speed:
@@ -85,7 +90,7 @@ def write_latencies(uri: str, seconds: float, seed: int, directory: Path) -> tup
     """Write 4 KiB blocks at random at depth 32 and return for each write when it ended (milliseconds since the epoch) and how long it
     took (nanoseconds)."""
     prefix = directory / "latencies"
-    options = ("--rw=randwrite", "--bs=4k", "--iodepth=32", "--time_based", f"--runtime={seconds}", f"--randseed={seed}")
+    options = ("--rw=randwrite", "--bs=4k", "--iodepth=32", "--time_based", _runtime(seconds), f"--randseed={seed}")
     logs = (f"--write_lat_log={prefix}", "--log_unix_epoch=1", "--per_job_logs=0", "--disable_slat=1", "--disable_clat=1")
     _run(uri, (*options, *logs), seconds + 120)
     log = directory / "latencies_lat.log"
