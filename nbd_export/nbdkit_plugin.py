@@ -21,7 +21,11 @@ import socket
 import sys
 import urllib.parse
 
-import nbd
+try:
+    import nbd
+except ImportError:  # nbdkit's Python takes its library from the first python3 on PATH, which may be another than the system's
+    sys.path.append("/usr/lib/python3/dist-packages")
+    import nbd
 import nbdkit
 
 API_VERSION = 2

@@ -21,7 +21,7 @@ import pytest
 from daemon_tools import Simsrd, short_directory, simsrd_command
 from nbd_wire import FUA, MIB, READ, WRITE, WireClient
 
-from simsr.daemon.main import _split_address
+from simsr.daemon.listeners import split_address
 from simsr.errors import BadRequest
 
 
@@ -76,7 +76,7 @@ def test_plain_tcp_is_for_loopback_only(root, address):
 @pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.1:", ":10809", "127.0.0.1:99999", "localhost:nbd", ""])
 def test_addresses_that_are_none(address):
     with pytest.raises(BadRequest, match="HOST:PORT"):
-        _split_address(address)
+        split_address("--nbd-tcp", address)
 
 
 def test_a_tcp_port_that_is_taken(root):

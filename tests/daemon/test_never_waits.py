@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from fake_disks import Client
 from nbd_wire import CACHE, FLUSH, FUA, MIB, READ, WRITE, ZEROES, WireClient
 
 from nbd_export.handshake import ExportInfo
+from nbd_export.peer import Peer
 from nbd_export.server import NbdServer, listen_unix
 from simsr.daemon.engine import Disk, Engine
 from simsr.store.files import DiskDirectory, DiskFile
@@ -112,7 +113,16 @@ class TwoDisks:
     def names(self) -> list[str]:
         return list(self.volumes)
 
-    def attach(self, name: str, client: str) -> Disk:
+    def offer_to(self, peer: Peer) -> TwoDisks:
+        return self
+
+    def contexts(self, name: str) -> list[str]:
+        return []
+
+    def has_context(self, name: str, context: str) -> bool:
+        return False
+
+    def attach(self, name: str, hang_up: Callable[[str], None]) -> Disk:
         return Disk(self.engine, self.volumes[name], lambda: None)
 
 
