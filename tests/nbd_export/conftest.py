@@ -83,6 +83,7 @@ def make_vdi(shared: Simsrd) -> Iterator[Callable[..., dict]]:
         return vdi
 
     yield make
+    shared.wait_for_connections(0)
     for vdi in shared.get("/v1/vdis"):
         if vdi["uuid"] in made or vdi["snapshot_of"] in made:
             shared.delete(f"/v1/vdis/{vdi['uuid']}")
