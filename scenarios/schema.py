@@ -19,6 +19,7 @@ __all__ = ["Scenario", "Profile", "Phase", "Rule", "Match", "Trigger", "Action",
 
 Name = Annotated[str, Field(min_length=1, max_length=100)]
 Slug = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+Command = Annotated[str, Field(min_length=1, max_length=65536, pattern=r"^[^\x00]*$")]
 Count = Annotated[int, Field(ge=1, le=1 << 62, strict=True)]
 
 
@@ -278,8 +279,12 @@ class Expect(Table):
 class Explore(Table):
     """For the exploration of crash states."""
 
-    states: Count = Field(200, description="how many states to look at")
-    check: Name = Field(description="a command; {device} is the disk")
+    size: f.Bytes = Field(64 << 20, description="of the disk; 64MiB if not given")
+    prepare: Command | None = Field(None, description="a command before the load; what it writes is there in every state")
+    load: Command | None = Field(None, description="the command whose writes are explored; or --workload")
+    sector: f.SectorSize = Field(512, description="is written whole or not at all; 512B if not given")
+    states: int = Field(200, ge=1, le=100_000, strict=True, description="how many states to look at")
+    check: Command = Field(description="a command; {device} is the disk, a file, and {uri} the same over NBD")
 
 
 class Scenario(Table):

@@ -12,12 +12,12 @@ after the other) or in any order. Research: ``faults.md`` section 5, dm-log-writ
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from scenarios.draws import Draws
 from scenarios.patches import Patches
 
-__all__ = ["WriteCache", "CACHE_BYTES_MAX"]
+__all__ = ["WriteCache", "WriteLog", "CACHE_BYTES_MAX"]
 
 CACHE_BYTES_MAX = 256 << 20
 """Writes beyond it are taken for destaged, oldest first, as a cache of that size would have to."""
@@ -30,11 +30,25 @@ class _Write(NamedTuple):
     old: bytes
 
 
+class WriteLog(Protocol):
+    """Who wants to hear of every write, with its data, and of every flush, in the order in which they are answered."""
+
+    def wrote(self, offset: int, data: bytes | memoryview | None, length: int, stable: bool) -> None:
+        """A write, of zeros if there are no ``data``; begins and ends at sectors."""
+
+    def mark(self) -> int:
+        """What a flush that is asked for now covers; give it to `flushed` when it is done."""
+
+    def flushed(self, mark: int) -> None:
+        """A flush was answered."""
+
+
 class WriteCache:
-    """``keeps``: whether anybody wants to know; then call `before` and `wrote` around each write, one at a time."""
+    """``keeps``: whether anybody wants to know; then call `before` and `wrote` around each write, one at a time. ``log`` is told, too."""
 
     def __init__(self, each_write: bool = False) -> None:
         self.keeps = False
+        self.log: WriteLog | None = None
         self.each_write = each_write
         self._writes: list[_Write] = []
         self._old: tuple[int, bytes] = (0, b"")

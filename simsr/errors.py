@@ -53,6 +53,7 @@ __all__ = [
     "ScenarioRunning",
     "NoScenario",
     "InjectedFault",
+    "CannotExplore",
     "UnknownPersonality",
     "SnapshotChainTooLong",
     "InstallRefused",
@@ -454,6 +455,17 @@ class BadTrace(BadRequest):
 
     exit_code = 41
     hint = "Name the right format, or repair or cut the trace there."
+
+
+class CannotExplore(SimsrError):
+    """cannot explore crash states of {what}: {reason}"""
+
+    exit_code = 55
+    http_status = 409
+
+    def __init__(self, hint: str = "", **details: object) -> None:
+        super().__init__(**details)
+        self.hint = hint or self.hint
 
 
 class UnknownPersonality(BadRequest):

@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 
 from simsr import __version__
 from simsr.cli.client import DEFAULT_SOCKET, Client, Session, checked_text
+from simsr.cli.crash import crash_commands
 from simsr.cli.disks import Name, Sr, Vdi, clone, vdi_commands
 from simsr.cli.history import redo, revert, snapshot, tip_commands, tree, undo
 from simsr.cli.https_setup import https_setup
@@ -56,6 +57,7 @@ app.add_typer(personality_commands, name="personality")
 app.add_typer(xapi_commands, name="xapi")
 app.add_typer(scenario_commands, name="scenario")
 app.add_typer(fault_commands, name="fault")
+app.add_typer(crash_commands, name="crash")
 app.command("snapshot")(snapshot)
 app.command("clone")(clone)
 app.command("revert")(revert)

@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from simsr import __version__
 from simsr.daemon.answers import error_answer
+from simsr.daemon.api_crash import crash_router
 from simsr.daemon.api_history import history_router
 from simsr.daemon.api_mounts import mounts_router
 from simsr.daemon.api_metrics import metrics_router
@@ -221,6 +222,7 @@ def make_app(host: Host, control_socket: str | None, nbd_tcp: str | None, https:
     app.include_router(nbd_router(host))
     app.include_router(scrub_router(host))
     app.include_router(scenario_router(host))
+    app.include_router(crash_router(host, VdiOut, _describe_vdi))
     app.include_router(metrics_router(host))
     walks = Walks(host)
     app.include_router(space_router(host, walks))

@@ -5,6 +5,7 @@
     ROOT/nbd.sock          NBD, all VDIs by uuid or unique name
     ROOT/nbd/<uuid>.sock   NBD, one VDI whatever name the client asks for (tapdisk always asks for the same one)
     ROOT/sr/<uuid>/        the store of one SR
+    ROOT/crash/<uuid>.log  what was written to one disk (simsr.daemon.exploring)
 
 Every operation here that changes something returns when it is durable.
 """
@@ -29,6 +30,7 @@ import trio
 from nbd_export.server import NbdServer
 from simsr.daemon import threads
 from simsr.daemon.engine import Disk, Engine
+from simsr.daemon.exploring import Exploring
 from simsr.daemon.mounts import Mounts
 from simsr.daemon.nbd_offer import NbdExports
 from simsr.daemon.root import DiskRoot, Root
@@ -41,7 +43,7 @@ from simsr.sr.repository import Repository, check_text, check_uuid
 from simsr.sr.space import check_limit, geometry_for
 from simsr.sr.vdi import Vdi
 from simsr.store.node_table import MAP_MEMORY_BYTES, MapMemory
-from simsr.store.store import Store
+from simsr.store.store import Op, Store
 
 __all__ = ["Host", "Mounted"]
 
@@ -95,6 +97,7 @@ class Host:
         self.nbd = NbdServer(self.nbd_exports, **nbd_options)
         self.mounts = Mounts(self)
         self.theatre = Theatre(self.plain_disk, lambda vdi: self.mounted[vdi.sr].engine)
+        self.exploring = Exploring(self)
         self.started = time.monotonic()
         self._listeners: dict[str, trio.CancelScope] = {}
         self._srs_lock = trio.Lock()
@@ -152,7 +155,7 @@ class Host:
 
     async def _mount(self, store: Store) -> Mounted:
         repository = Repository(store, self._now, self._new_uuid)
-        store.observer = partial(self.theatre.committed, repository.uuid)
+        store.observer = partial(self._committed, repository)
         mounted = Mounted(repository, Engine(store, self.mounts.replaced), trio.CancelScope(), trio.Event())
         mounted.engine.give_up = repository.keeper.give_up_oldest
         await self._nursery.start(self._serve_engine, mounted)
@@ -161,6 +164,10 @@ class Host:
             if not vdi.is_a_snapshot:
                 self._listen(vdi)
         return mounted
+
+    def _committed(self, repository: Repository, ops: list[Op]) -> None:
+        self.theatre.committed(repository.uuid, ops)
+        self.exploring.committed(repository.vdis, ops)
 
     @staticmethod
     async def _serve_engine(mounted: Mounted, task_status: trio.TaskStatus) -> None:

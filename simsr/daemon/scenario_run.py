@@ -24,7 +24,7 @@ from scenarios.loader import load_rule
 from scenarios.overlay import Layer
 from scenarios.request import Order
 from scenarios.schema import Scenario
-from scenarios.write_cache import WriteCache
+from scenarios.write_cache import WriteCache, WriteLog
 from simsr.daemon.alarm import Alarm, current_ns
 from simsr.daemon.engine import Disk
 from simsr.daemon.scripted import ScriptedDisk, UnderWay
@@ -112,7 +112,7 @@ class ScenarioRun:
 
     def _script(self, attached: _Attached) -> None:
         rules = attached.rules
-        needed = rules.applies or not rules.overlay.is_quiet or attached.cache.keeps
+        needed = rules.applies or not rules.overlay.is_quiet or attached.cache.keeps or attached.cache.log is not None
         for disk, scripted in attached.disks.items():
             disk.scripted = scripted if needed else None
 
@@ -126,8 +126,16 @@ class ScenarioRun:
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing is in force and no disk is damaged."""
-        return not self.engine.live_rules and all(attached.rules.overlay.is_quiet for attached in self._vdis.values())
+        """Whether nothing is in force, no disk is damaged and none is recorded."""
+        quiet = all(attached.rules.overlay.is_quiet and attached.cache.log is None for attached in self._vdis.values())
+        return not self.engine.live_rules and quiet
+
+    async def record(self, vdi: Vdi, log: WriteLog | None) -> None:
+        """Have a log told of every write and flush of a disk from now on; None: no longer."""
+        attached = self._of(vdi)
+        async with attached.lock:
+            attached.cache.log = log
+        self._script(attached)
 
     # What happens to volumes in the meantime.
 
@@ -189,7 +197,7 @@ class ScenarioRun:
         self._changed.set()
         for attached in self._vdis.values():
             attached.cache.clear()
-            attached.cache.keeps = False
+            attached.cache.keeps, attached.cache.log = False, None
             for disk in attached.disks:
                 disk.scripted = None
 

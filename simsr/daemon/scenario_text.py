@@ -12,7 +12,7 @@ from scenarios.loader import library, library_text, load
 from scenarios.schema import Phase, Rule, Scenario, json_schema
 from simsr.daemon.trace_files import TraceFiles
 
-__all__ = ["check_text", "plan_of", "library_plans", "library_text", "json_schema"]
+__all__ = ["check_text", "plan_of", "explore_of", "library_plans", "library_text", "json_schema"]
 
 
 def check_text(text: str, source: str, directory: str | None) -> dict[str, Any]:
@@ -38,6 +38,14 @@ def library_plans() -> list[dict[str, Any]]:
 def plan_of(text: str, source: str, directory: str | None) -> dict[str, Any]:
     """The timeline and the rules of a scenario. Raises `BadScenario`, `BadTrace`."""
     return _plan(load(text, source, TraceFiles(directory).times), text)
+
+
+def explore_of(text: str, source: str, directory: str | None) -> dict[str, Any]:
+    """What a scenario says of exploring crash states: name, seed, each_write, and its [explore], if there is one. Raises `BadScenario`, `BadTrace`."""
+    scenario = load(text, source, TraceFiles(directory).times)
+    durabilities = {profile.durability for profile in scenario.profile.values()}
+    explore = scenario.explore.model_dump() if scenario.explore is not None else {}
+    return {"name": scenario.name, "seed": scenario.seed, "each_write": durabilities == {"each-write"}, **explore}
 
 
 def _plan(scenario: Scenario, text: str) -> dict[str, Any]:

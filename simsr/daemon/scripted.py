@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 import trio
 
 from nbd_export.disk import Disk, Dropped
+from scenarios.crash_states import SECTOR_BYTES
 from scenarios.disk import DiskRules
 from scenarios.request import Effect, Hang, Plan, Request
-from scenarios.write_cache import WriteCache
+from scenarios.write_cache import WriteCache, WriteLog
 from simsr.daemon.alarm import current_ns
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class ScriptedDisk:
             offset, length = start, max(0, end - start)
         view = None if payload is None else memoryview(payload)
         overlay, effects = self._rules.overlay, plan.effects
-        if length and (effects or not overlay.is_quiet or self._cache.keeps):
+        if length and (effects or not overlay.is_quiet or self._cache.keeps or self._cache.log is not None):
             async with self._lock:
                 await self._write_noted(offset, length, view, effects, fua)
         elif length:
@@ -93,16 +94,28 @@ class ScriptedDisk:
         await _write(self._disk, offset, length, view)
         if cache.keeps:
             cache.wrote(offset, bytes(length) if view is None else bytes(view), stable=fua or cache.each_write)
+        if cache.log is not None:
+            await self._log(cache.log, offset, length, view, fua or cache.each_write)
         overlay.wrote(offset, length if view is None else view, current_ns(), effects, before)
+
+    async def _log(self, log: WriteLog, offset: int, length: int, view: memoryview | None, stable: bool) -> None:
+        """Tell of a write that was done, in whole sectors: of a part of one, the sector as it is now."""
+        start, end = offset // SECTOR_BYTES * SECTOR_BYTES, -(-(offset + length) // SECTOR_BYTES) * SECTOR_BYTES
+        if (start, end) != (offset, offset + length):
+            view = memoryview(await _read(self._disk, start, end - start))
+        log.wrote(start, view, end - start, stable)
 
     async def flush(self) -> None:
         """Raises OSError, `Dropped`, what the disk raises."""
         plan = await self.until_due(Request("flush", client=self.client))
         began = current_ns()
         if not any(effect.kind == "lose" for effect in plan.effects):
-            mark = self._cache.mark()
+            mark, log = self._cache.mark(), self._cache.log
+            log_mark = log.mark() if log is not None else 0
             await self._flush()
             self._cache.flushed(mark)
+            if log is not None:
+                log.flushed(log_mark)
         self._took(began)
 
     async def meet(self, op: str, offset: int = 0, length: int = 0) -> None:

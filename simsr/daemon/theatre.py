@@ -18,6 +18,7 @@ from nbd_export.disk import Dropped
 from scenarios.loader import load
 from scenarios.request import Effect, Request
 from scenarios.schema import Scenario
+from scenarios.write_cache import WriteLog
 from simsr.daemon import threads
 from simsr.daemon.alarm import Alarm
 from simsr.daemon.engine import Disk, Engine
@@ -133,6 +134,15 @@ class Theatre:
         if play.is_live and play.is_idle:
             self.stop()
         return answer
+
+    async def record(self, vdi: Vdi, log: WriteLog | None) -> None:
+        """Have a log told of every write and flush of a disk from now on, or until the scenario ends; None: no longer."""
+        if log is None and self.play is None:
+            return
+        play = self.play or await self._begin(Scenario(simsr=1, name=LIVE), None, TraceFiles(None))
+        await play.record(vdi, log)
+        if play.is_live and play.is_idle:
+            self.stop()
 
     # The control plane.
 
