@@ -14,6 +14,7 @@ __all__ = ["OPS_OF", "COMMANDS", "DATA_FAULTS", "given", "ops_of", "is_standing"
 OPS_OF: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "delay": (OPS, DATA_OPS),
     "error": (OPS, DATA_OPS),
+    "fault": (CONTROL_OPS, CONTROL_OPS),
     "hang": (OPS, DATA_OPS),
     "disconnect": (OPS, DATA_OPS),
     "rate": (("read", "write"), ("read", "write")),

@@ -307,4 +307,4 @@ def _plain_plan(queues: list[Depth], latency: float, start: int, now: int) -> Pl
     done = start + int(latency)
     for queue in queues:
         queue.finish(done)
-    return _make_plan(Plan, (done - now, 0, None, False, (), ()))
+    return _make_plan(Plan, (done - now, 0, None, False, (), (), 0))

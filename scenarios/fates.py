@@ -6,6 +6,7 @@ move the moment at which the request starts; the rest says how it ends. When all
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,13 +30,13 @@ class Outcome:
     """A plan that is being made."""
 
     __slots__ = (
-        "request", "disk", "number", "now", "latency", "start", "error", "hang", "disconnect", "effects", "queues", "rules"
+        "request", "disk", "number", "now", "latency", "start", "error", "fault", "hang", "disconnect", "effects", "queues", "rules"
     )  # fmt: skip
 
     def __init__(self, request: Request, disk: DiskRules, number: int, now: int, latency: float, start: int) -> None:
         self.request, self.disk, self.number, self.now = request, disk, number, now
         self.latency, self.start = latency, start
-        self.error, self.disconnect = 0, False
+        self.error, self.fault, self.disconnect = 0, 0, False
         self.hang: Hang | None = None
         self.effects: list[Effect] = []
         self.queues: list[Depth] = []
@@ -65,7 +66,7 @@ class Outcome:
         for queue in queues:
             queue.finish(done)
         effects = () if self.error or self.disconnect else tuple(self.effects)
-        return Plan(done - self.now, self.error, self.hang, self.disconnect, effects, tuple(self.rules))
+        return Plan(done - self.now, self.error, self.hang, self.disconnect, effects, tuple(self.rules), self.fault)
 
 
 Step = Callable[[Outcome, Hit], None]
@@ -135,6 +136,14 @@ def _error(rule: LiveRule, action: Action, disk: DiskRules, op: str) -> Step:
 
     def step(outcome: Outcome, hit: Hit) -> None:
         outcome.fail(error, way, rule.name)
+
+    return step
+
+
+def _fault(rule: LiveRule, action: Action, disk: DiskRules, op: str) -> Step:
+    def step(outcome: Outcome, hit: Hit) -> None:
+        outcome.fault = outcome.fault or action.fault
+        outcome.error = outcome.error or errno.EIO
 
     return step
 
@@ -268,6 +277,7 @@ _COMPILERS: dict[str, Callable[[LiveRule, Action, DiskRules, str], Step]] = {
     "iops": _limit("iops"),
     "depth": _limit("depth"),
     "error": _error,
+    "fault": _fault,
     "readonly": _error,
     "full": _error,
     "hang": _hang,

@@ -66,7 +66,8 @@ class Effect(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What becomes of one request. ``rules``: the names of those that fired."""
+    """What becomes of one request. ``rules``: the names of those that fired. ``fault``: the number of SMAPIv1 that goes with the error; 0: what
+    fits the errno."""
 
     delay_ns: int = 0
     error: int = 0
@@ -74,6 +75,7 @@ class Plan(NamedTuple):
     disconnect: bool = False
     effects: tuple[Effect, ...] = ()
     rules: tuple[str, ...] = ()
+    fault: int = 0
 
 
 GO = Plan()

@@ -139,6 +139,9 @@ class Action(Table):
     depth: Count | None = Field(None, description="requests in service at a time")
     group: f.Names = Field((), description="share rate, iops and depth under this name; disks of a revert (kill_daemon)")
     error: f.Error = Field(None, description="answer with an error: EIO, ENOSPC, ESHUTDOWN...")
+    fault: Annotated[int, Field(ge=1, le=9999, strict=True)] | None = Field(
+        None, description="control operations: fail with this fault of SMAPIv1, before anything is done"
+    )
     error_as: Literal["error", "hang", "disconnect"] | None = Field(None, description="deliver errors in another way")
     hang: f.HangText = Field(None, description="until-released (or true), until-phase-end, or a duration")
     disconnect: bool = Field(False, strict=True, description="drop the connection")

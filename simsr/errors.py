@@ -439,10 +439,10 @@ class InjectedFault(SimsrError):
     http_status = 409
     hint = "See 'simsr scenario status'; 'simsr fault reset' ends all faults."
 
-    def __init__(self, *, number: int = errno.EIO, **details: object) -> None:
+    def __init__(self, *, number: int = errno.EIO, fault: int = 0, **details: object) -> None:
         super().__init__(**details)
         self.nbd_errno = number
-        self.sm_fault = _SM_FAULT_OF.get(number, 200)
+        self.sm_fault = fault or _SM_FAULT_OF.get(number, 200)
         self.xenapi_code = f"SR_BACKEND_FAILURE_{self.sm_fault}"
 
 

@@ -166,6 +166,8 @@ class ScriptedDisk:
     def _refuse(self, plan: Plan, error: int) -> None:
         """Raise what the plan ends with instead of carrying the request out."""
         failure = OSError(error, f"{os.strerror(error)} (injected by {', '.join(plan.rules) or 'the scenario'})") if error else None
+        if failure is not None and plan.fault:
+            failure.sm_fault = plan.fault
         if plan.disconnect:
             raise Dropped(failure)
         if failure is not None:

@@ -157,7 +157,9 @@ class Theatre:
         try:
             plan = await play.gate(vdi).until_due(Request(op, client=client))
         except OSError as error:
-            raise InjectedFault(number=error.errno or errno.EIO, operation=op, name=vdi.uuid, reason=error.strerror or "") from None
+            fault = getattr(error, "sm_fault", 0)
+            reason = f"fault {fault}" if fault else error.strerror or ""
+            raise InjectedFault(number=error.errno or errno.EIO, fault=fault, operation=op, name=vdi.uuid, reason=reason) from None
         except Dropped as dropped:
             number = dropped.error.errno if isinstance(dropped.error, OSError) else errno.ESHUTDOWN
             raise InjectedFault(number=number or errno.EIO, operation=op, name=vdi.uuid, reason="the connection is dropped") from None

@@ -168,6 +168,14 @@ class TestControlPlane:
         assert not [one for one in api.get("/v1/vdis").json() if one["snapshot_of"] == vdi["uuid"]], "nothing was done"
         assert api.post(f"/v1/vdis/{vdi['uuid']}/snapshot").status_code == 201
 
+    @pytest.mark.parametrize("number", [38, 109])
+    def test_a_fault_of_choice_on_the_nth_call(self, api, vdi, number):
+        add(api, "chosen", match={"op": "clone", "vdi": vdi["uuid"]}, trigger={"nth": 2}, action={"fault": number})
+        assert api.post(f"/v1/vdis/{vdi['uuid']}/clone").status_code == 201
+        error = api.post(f"/v1/vdis/{vdi['uuid']}/clone").json()["error"]
+        assert (error["code"], error["sm_fault"], error["xenapi_code"]) == ("InjectedFault", number, f"SR_BACKEND_FAILURE_{number}")
+        assert api.post(f"/v1/vdis/{vdi['uuid']}/clone").status_code == 201
+
     @pytest.mark.parametrize("step", ["before-log", "after-log", "after-swap", "before-ack"])
     def test_the_daemon_dies_at_a_step_of_a_revert(self, step, root):
         simsrd = Simsrd(root)

@@ -67,8 +67,8 @@ class TestEnds:
             return ask(disk(top + rule(action=f'error = "EIO"{inner}')))
 
         assert plan("error").error == errno.EIO
-        assert plan("hang") == (0, 0, Hang("rule-1"), False, (), ("rule-1",))
-        assert plan("disconnect") == (0, 0, None, True, (), ("rule-1",))
+        assert plan("hang") == (0, 0, Hang("rule-1"), False, (), ("rule-1",), 0)
+        assert plan("disconnect") == (0, 0, None, True, (), ("rule-1",), 0)
 
     @pytest.mark.parametrize("action, error", [("readonly = true", errno.EPERM), ("full = true", errno.ENOSPC)])
     def test_refused_writes(self, action, error):
