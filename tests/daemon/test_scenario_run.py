@@ -3,99 +3,23 @@
 from __future__ import annotations
 
 import errno
-from contextlib import asynccontextmanager
 from types import SimpleNamespace
 
 import pytest
 import trio
+from scenario_stage import SIZE, RamDisk, stage, timed
 from trio.testing import MockClock
 
 from nbd_export.disk import Dropped
-from scenarios.loader import load
-from simsr.daemon.alarm import Alarm
-from simsr.daemon.scenario_run import ScenarioRun
-from simsr.daemon.trace_files import TraceFiles
 from simsr.errors import BadTrace, NotFound
 from simsr.store.store import Create, Reset
 
 KIB = 1024
-SIZE = 1 << 20
 
 
 @pytest.fixture
 def autojump_clock():
     return MockClock(autojump_threshold=0)
-
-
-class RamDisk:
-    """A disk of the daemon, in memory. ``durable`` is what a flush has made so."""
-
-    def __init__(self, content: bytearray) -> None:
-        self.content, self.scripted = content, None
-        self.flushes = 0
-
-    def read(self, batch):
-        for offset, view in batch:
-            view[:] = self.content[offset : offset + len(view)]
-        return []
-
-    async def read_cold(self, batch):
-        return [None for _ in self.read(batch)]
-
-    def write(self, batch):
-        for offset, length, view in batch:
-            self.content[offset : offset + length] = bytes(length) if view is None else view
-        return len(batch)
-
-    def is_durable(self):
-        return False
-
-    def flush_soon(self, done):
-        self.flushes += 1
-        done(None)
-
-    async def allocation_cold(self, offset, length, extents_max):
-        return [(length, True)]
-
-    def detach(self):
-        pass
-
-
-class Stage:
-    def __init__(self, play, disks):
-        self.play, self.disks = play, disks
-
-    def __getitem__(self, name):
-        return self.disks[name].scripted
-
-
-@asynccontextmanager
-async def stage(text, names=("one",), directory=None, seed=None):
-    vdis = {
-        name: SimpleNamespace(
-            uuid=f"uuid-{name}", sr="sr", name=name, size_bytes=SIZE, volume=SimpleNamespace(ident=number, meta={"sm_config": {}})
-        )
-        for number, name in enumerate(names, 1)
-    }
-    disks = {name: RamDisk(bytearray(SIZE)) for name in names}
-    files = TraceFiles(directory)
-    scenario = load('simsr = 1\nname = "test"\n' + text, "test.toml", files.times)
-    files.prepare(scenario)
-    play = ScenarioRun(scenario, seed, files, Alarm(), lambda vdi: disks[vdi.name])
-    for name, disk in disks.items():
-        play.attach(vdis[name], disk)
-    async with trio.open_nursery() as nursery:
-        await nursery.start(play.run)
-        yield Stage(play, disks)
-        play.end()
-        assert all(disk.scripted is None for disk in disks.values())
-
-
-async def timed(call):
-    began = trio.current_time()
-    with trio.fail_after(10_000):
-        result = await call
-    return result, trio.current_time() - began
 
 
 def rule(match="", trigger="", action="", more=""):
