@@ -1,7 +1,7 @@
 # Short names for the scripts, which do all the work and their own set-up; nothing here needs make.
-.PHONY: demo demo-cloudstack test bench bench-store vm-test soak setup clean
+.PHONY: demo demo-cloudstack test bench bench-store vm-test report-test soak setup clean
 
-demo demo-cloudstack test bench bench-store vm-test setup:
+demo demo-cloudstack test bench bench-store vm-test report-test setup:
 	@script/$@
 
 # make soak MINUTES=10 SEED=1

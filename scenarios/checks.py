@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 
 from scenarios.actions import DATA_FAULTS, OPS_OF, commands_of, fates_of, given, is_standing, ops_of
 from scenarios.clients import CLIENTS, NBD_ERRORS
+from scenarios.expectations import BadExpectation, Expectation, Names, parse_expectation
 from scenarios.quantities import format_duration
 from scenarios.request import CONTROL_OPS, DATA_OPS
 from scenarios.schema import Action, After, Phase, Rule, Scenario
 from scenarios.suggest import did_you_mean
 
-__all__ = ["Problem", "problems", "client_problems", "moment_of", "EVENTS"]
+__all__ = ["Problem", "problems", "client_problems", "expectations", "moment_of", "EVENTS"]
 
 EVENTS = ("pool-low", "pool-full", "pool-metadata-full", "power-cut", "steps-done")
 """Events that the engine raises itself. A rule raises others with ``event = "name"``."""
@@ -41,6 +42,7 @@ def problems(scenario: Scenario) -> list[Problem]:
     found += _names(scenario)
     found += _profiles(scenario)
     found += _phases(scenario)
+    found += _expectations(scenario)
     return found
 
 
@@ -273,6 +275,29 @@ def _phases(scenario: Scenario) -> Iterator[Problem]:
                 )
             for reason, hint in _event(scenario, phase.until.event) if phase.until.event else ():
                 yield Problem((*place, "until"), reason, hint)
+
+
+def expectations(scenario: Scenario) -> list[Expectation]:
+    """What it expects, ready to be evaluated. Raises `BadExpectation`."""
+    return [parse_expectation(expect.that, _names_of(scenario)) for expect in scenario.expect]
+
+
+def _names_of(scenario: Scenario) -> Names:
+    rules = [rule for _, _, rule in all_rules(scenario)]
+    return Names(
+        [phase.name for phase in scenario.phase if phase.name],
+        [rule.name for rule in rules if rule.name],
+        [*EVENTS, *(rule.action.event for rule in rules if rule.action.event)],
+    )
+
+
+def _expectations(scenario: Scenario) -> Iterator[Problem]:
+    names = _names_of(scenario)
+    for number, expect in enumerate(scenario.expect):
+        try:
+            parse_expectation(expect.that, names)
+        except BadExpectation as error:
+            yield Problem(("expect", number, "that"), f"{expect.that!r}: {error.reason}", error.hint)
 
 
 def moment_of(phase: Phase) -> After | None:

@@ -276,7 +276,7 @@ class Phase(Table):
 class Expect(Table):
     """What must be true in the end."""
 
-    that: Name = Field(description="an expression: client.errors == 0")
+    that: Annotated[str, Field(min_length=1, max_length=300)] = Field(description="an expression: client.errors == 0")
 
 
 class Explore(Table):

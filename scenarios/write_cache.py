@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 from scenarios.draws import Draws
 from scenarios.patches import Patches
+from scenarios.promises import Promises
 
 __all__ = ["WriteCache", "WriteLog", "CACHE_BYTES_MAX"]
 
@@ -54,6 +55,7 @@ class WriteCache:
         self._old: tuple[int, bytes] = (0, b"")
         self._bytes = 0
         self.number = self.destaged = 0
+        self.promises = Promises()
 
     def before(self, offset: int, old: bytes) -> None:
         """What is about to be replaced."""
@@ -116,6 +118,7 @@ class WriteCache:
         sequence = [write for write in writes if write.number in kept]
         if order == "any":
             sequence.sort(key=lambda write: draws(write.number)[1])
+        self.promises.cut(set(numbers) - kept)
         image = Patches()
         for write in reversed(writes):  # the medium before all of them: the oldest content goes on top
             image.put(write.offset, write.old, "old")

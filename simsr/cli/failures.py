@@ -9,7 +9,7 @@ from typing import Any
 
 from simsr.errors import BadRequest, NotFound, SimsrError
 
-__all__ = ["DaemonAnswer", "FileFailure", "ToolMissing", "StartFailed", "NameNeeded", "NoSr"]
+__all__ = ["DaemonAnswer", "FileFailure", "ExpectationsBroken", "ToolMissing", "StartFailed", "NameNeeded", "NoSr"]
 
 
 class DaemonAnswer(SimsrError):
@@ -34,6 +34,12 @@ class FileFailure(SimsrError):
     def __init__(self, hint: str = "", **details: object) -> None:
         super().__init__(**details)
         self.hint = hint
+
+
+class ExpectationsBroken(SimsrError):
+    """scenario {scenario} did not go as expected: {broken}"""
+
+    hint = "'simsr scenario report --out FILE.html' shows the whole run."
 
 
 class ToolMissing(SimsrError):

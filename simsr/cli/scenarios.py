@@ -10,6 +10,7 @@ import contextlib
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Annotated, Any, Optional
 
 import typer
@@ -17,8 +18,9 @@ import typer
 from simsr.cli.client import Client
 from simsr.cli.failures import FileFailure
 from simsr.cli.output import complain, print_fields, print_json, print_table, say
+from simsr.cli.report_file import check_expectations, page_file, print_expectations, print_report
 from simsr.cli.repositories import Json
-from simsr.errors import BadScenario
+from simsr.errors import BadRequest, BadScenario
 
 __all__ = ["scenario_commands", "fault_commands", "read_scenario"]
 
@@ -138,14 +140,24 @@ def run(
     detach: Annotated[bool, typer.Option("--detach", help="Come back when it is in force; it then runs by itself.")] = False,
     for_s: Annotated[Optional[float], typer.Option("--for", metavar="SECONDS", help="Stop it after that time.")] = None,
     step: Annotated[Optional[str], typer.Option("--step", metavar="STEP", help="Where kill_daemon at-step kills.")] = None,
+    out: Annotated[Optional[str], typer.Option("--report", metavar="FILE", help="Write a page about the run in the end.")] = None,
     as_json: Json = False,
 ) -> None:
     """Put a scenario in force on the disks of the daemon, and stop it when its phases are over.
 
-    Without --detach the command stays and tells which phase it is in; Ctrl-C stops the scenario.
+    Without --detach the command stays and tells which phase it is in; Ctrl-C stops the scenario. Exit status 1 if it does not go as expected.
     """
     client: Client = context.obj.client
-    started = client.post("/v1/scenario", {**read_scenario(file), "seed": seed, "step": step})
+    if detach and out is not None:
+        raise BadRequest(what="--report with --detach", reason="the run goes on when the command has ended")
+    with page_file(out) as write:
+        _run(client, {**read_scenario(file), "seed": seed, "step": step}, detach, for_s, out and write, as_json)
+
+
+def _run(
+    client: Client, body: dict[str, Any], detach: bool, for_s: float | None, write: Callable[[dict[str, Any]], None] | None, as_json: bool
+) -> None:
+    started = client.post("/v1/scenario", body)
     if detach:
         return print_json(started) if as_json else say(f"{started['scenario']} is in force, seed {started['seed']}.")
     if not as_json:
@@ -157,7 +169,10 @@ def run(
     finally:
         with contextlib.suppress(KeyboardInterrupt):
             ended = client.delete("/v1/scenario")
+            if write is not None:
+                write(client.get("/v1/scenario/report"))
     print_json(ended) if as_json else _print_status(ended)
+    check_expectations(ended)
 
 
 def _follow(phases: Any, for_s: float | None, quiet: bool) -> None:
@@ -204,6 +219,26 @@ def _print_status(found: dict[str, Any]) -> None:
             for disk in found["disks"]
         ]
         print_table(("VDI", "REQUESTS", "DAMAGED_BYTES"), rows, right="REQUESTS DAMAGED_BYTES")
+    print_expectations(found["expectations"])
+
+
+@scenario_commands.command("report")
+def report(
+    context: typer.Context,
+    out: Annotated[Optional[str], typer.Option("--out", metavar="FILE", help="Write it as a page: FILE.html.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what has happened in the scenario that runs, or in the last one: expectations, latencies; with --out a page with pictures."""
+    client: Client = context.obj.client
+    with page_file(out) as write:
+        found = client.get("/v1/scenario/report")
+        write(found)
+    if as_json:
+        print_json(found)
+    elif out is None:
+        print_report(found)
+    else:
+        say(f"The report of {found['scenario']} is in {out}.")
 
 
 @scenario_commands.command("stop")

@@ -83,6 +83,42 @@ class RuleOut(BaseModel):
     hits: int = Field(description="times that it fired")
 
 
+class ExpectationOut(BaseModel):
+    that: str
+    verdict: Literal["met", "broken", "not evaluated"]
+    found: list[dict[str, str]] = Field(description="what was measured so far: what, value")
+    reason: str = Field(description="why it was not evaluated")
+
+
+class ReportOut(BaseModel):
+    """Times in seconds from the beginning, latencies in seconds. One entry of a list in ``timeline`` is one stretch of ``bucket_s``."""
+
+    scenario: str
+    about: str
+    seed: int
+    began: str
+    is_running: bool
+    duration_s: float
+    verdict: Literal["met", "broken", "not evaluated", ""] = Field(description="of all expectations together; empty: there are none")
+    expectations: list[ExpectationOut]
+    requests: int
+    errors: int
+    disconnects: int
+    power_cuts: int
+    phases: list[dict[str, Any]] = Field(description="name, begins_s, ends_s")
+    events: list[dict[str, Any]] = Field(description="at_s, what, name")
+    left_out: int = Field(description="phases and events beyond the first thousand")
+    operations: list[dict[str, Any]] = Field(description="latencies of each operation, then (phase) of each phase it was met in")
+    hangs: dict[str, Any]
+    gaps: list[dict[str, Any]] = Field(description="the longest time in which requests waited at a disk and none was answered")
+    flushed_writes: dict[str, int]
+    replay_lag: dict[str, Any] | None
+    rules: list[RuleOut]
+    disks: list[dict[str, Any]]
+    timeline: dict[str, Any]
+    latency: dict[str, Any] = Field(description="cells: [stretch, row, requests]; row r begins at shortest_s * ratio**r")
+
+
 class ScenarioOut(BaseModel):
     scenario: str
     seed: int
@@ -100,6 +136,7 @@ class ScenarioOut(BaseModel):
     under_way: int = Field(description="requests that wait now, those that hang included")
     power_cuts: int
     notes: list[dict[str, Any]] = Field(description="the last phases and events: at_s, what, name")
+    expectations: list[ExpectationOut]
 
 
 class InForceOut(BaseModel):
@@ -157,6 +194,11 @@ def scenario_router(host: Host) -> APIRouter:
     async def stop_scenario() -> dict:
         """End the scenario; answered when nothing of it is in force any more."""
         return theatre.stop()
+
+    @router.get("/v1/scenario/report", response_model=ReportOut)
+    async def report() -> dict:
+        """What has happened in the scenario that runs, or in the last one that has: expectations, latencies, timeline."""
+        return await theatre.report()
 
     @router.get("/v1/scenario/decisions", response_model=list[DecisionOut])
     async def decisions() -> list[dict]:

@@ -13,6 +13,7 @@ import errno
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import Any
 
 import trio
@@ -21,8 +22,12 @@ from scenarios.disk import DiskRules
 from scenarios.draws import Draws
 from scenarios.engine import Engine
 from scenarios.loader import load_rule
+from scenarios.metrics import Seen
 from scenarios.overlay import Layer
+from scenarios.recorder import Recorder
+from scenarios.report import Recording, outcomes_of
 from scenarios.request import Order
+from scenarios.rules import matches_name
 from scenarios.schema import Scenario
 from scenarios.write_cache import WriteCache, WriteLog
 from simsr.daemon.alarm import Alarm, current_ns
@@ -49,8 +54,8 @@ GROUP_KEY = "simsr-group"
 class _Attached:
     """The attachments of one VDI, and what they share."""
 
-    def __init__(self, vdi: Vdi, rules: DiskRules, each_write: bool) -> None:
-        self.vdi, self.rules = vdi, rules
+    def __init__(self, vdi: Vdi, rules: DiskRules, each_write: bool, is_measured: bool) -> None:
+        self.vdi, self.rules, self.is_measured = vdi, rules, is_measured
         self.cache = WriteCache(each_write)
         self.lock = trio.Lock()
         self.disks: dict[Disk, ScriptedDisk] = {}
@@ -69,12 +74,15 @@ class ScenarioRun:
         self._changed = trio.Event()
         self._cuts: list[Order] = []
         self.notes: list[dict[str, Any]] = []
-        self.hung = self.cuts = 0
+        self.cuts = 0
         self.is_over = False
         self._live_rules = 0
+        self._measures = True
         self._keeps = _cuts_power(scenario)
         self._durability = {name: profile.durability for name, profile in scenario.profile.items()}
         self.began_ns = current_ns()
+        self._began = datetime.now(UTC).isoformat(timespec="seconds")
+        self.recorder = Recorder(self.began_ns)
         self.engine = Engine(scenario, self.began_ns, seed, replays=files.replay)
 
     # Disks come and go.
@@ -85,7 +93,7 @@ class ScenarioRun:
             groups = tuple(filter(None, vdi.volume.meta["sm_config"].get(GROUP_KEY, "").split(",")))
             rules = self.engine.disk(vdi.uuid, vdi.size_bytes, [vdi.name] if vdi.name else [], vdi.name or vdi.uuid, groups)
             each_write = self._durability.get(self.engine.profile_name(rules) or "") == "each-write"
-            attached = self._vdis[vdi.uuid] = _Attached(vdi, rules, each_write)
+            attached = self._vdis[vdi.uuid] = _Attached(vdi, rules, each_write, _concerns(self.engine.scenario, rules))
             attached.cache.keeps = self._keeps
             if layer := self._layers.pop((vdi.sr, vdi.volume.ident), None):
                 rules.overlay.take_over(layer)
@@ -112,7 +120,8 @@ class ScenarioRun:
 
     def _script(self, attached: _Attached) -> None:
         rules = attached.rules
-        needed = rules.applies or not rules.overlay.is_quiet or attached.cache.keeps or attached.cache.log is not None
+        kept = attached.cache.keeps or attached.cache.log is not None
+        needed = rules.applies or self._measures and attached.is_measured or not rules.overlay.is_quiet or kept
         for disk, scripted in attached.disks.items():
             disk.scripted = scripted if needed else None
 
@@ -191,6 +200,7 @@ class ScenarioRun:
 
     def end(self) -> None:
         """Take everything out of force and let everybody go on."""
+        self.recorder.close(current_ns())
         self.engine.reset(current_ns())
         self.obey()
         self.is_over = True
@@ -217,6 +227,13 @@ class ScenarioRun:
         self._changed.set()
 
     def _note(self, order: Order) -> None:
+        name = order.details.get("name") or order.details.get("rule") or ""
+        if order.kind in ("phase", "over"):
+            self.recorder.enter(name or None, order.at_ns)
+        if order.kind == "over":
+            self._measure_no_more()
+        if order.kind != "phase":
+            self.recorder.note(order.kind, name, order.at_ns)
         self.notes.append({"at_s": (order.at_ns - self.began_ns) / 1e9, "what": order.kind, **_plain(order.details)})
         del self.notes[:-NOTES_MAX]
         log.info("%s: %s %s", self.engine.scenario.name, order.kind, order.details.get("name", ""))
@@ -317,8 +334,13 @@ class ScenarioRun:
         """End all rules and phases, heal all damage, let everybody go on."""
         decided = self.engine.reset(current_ns())
         self.obey()
-        self._script_all()
+        self._measure_no_more()
         return {"rule": None, "in_force_after": decided}
+
+    def _measure_no_more(self) -> None:
+        """Where no rule applies any more, that is."""
+        self._measures = False
+        self._script_all()
 
     async def heal(self, vdis: set[str] | None, permanent: bool) -> dict[str, Any]:
         """Take damage away from these VDIs (None: all), or write it into their stores first."""
@@ -355,11 +377,41 @@ class ScenarioRun:
             **self.engine.statistics(),
             "age_s": (current_ns() - self.began_ns) / 1e9,
             "is_over": self.engine.is_over,
-            "hung": self.hung,
+            "hung": self.recorder.hanging,
             "under_way": len(self._under_way),
             "power_cuts": self.cuts,
             "notes": self.notes[-100:],
+            "expectations": outcomes_of(self.engine.scenario, self._seen(self.recorder, self.engine.statistics()["rules"])),
         }
+
+    def _seen(self, recorder: Recorder, rules: list[dict[str, Any]]) -> Seen:
+        promises = [attached.cache.promises for attached in self._vdis.values()]
+        return Seen(
+            recorder,
+            current_ns(),
+            {rule["rule"]: rule["hits"] for rule in rules},
+            recorder.events,
+            sum(one.promised for one in promises),
+            sum(one.lost for one in promises),
+            self.cuts,
+        )
+
+    def recording(self) -> Recording:
+        """What a report is made of (`scenarios.report`), in a worker thread if need be: the run changes nothing of it."""
+        rules = self.engine.statistics()["rules"]
+        disks = [(one.vdi.uuid, one.vdi.name, one.vdi.size_bytes) for one in self._vdis.values()]
+        seen = self._seen(self.recorder.frozen(), rules)
+        return Recording(self.engine.scenario, self.engine.seed, self._began, seen, rules, disks)
+
+
+def _concerns(scenario: Scenario, rules: DiskRules) -> bool:
+    """Whether the disk is one that the scenario is about, and there are times when no rule applies to it that have to be measured, too."""
+    if not (scenario.phase or scenario.expect):
+        return False
+    everything = [*(profile.vdi for profile in scenario.profile.values())]
+    everything += [rule.match.vdi for rule in (*scenario.rule, *(rule for phase in scenario.phase for rule in phase.rule))]
+    named = any(not vdis or matches_name(vdis, rules.names) for vdis in everything)
+    return named or not everything and bool(scenario.expect)
 
 
 def _cuts_power(scenario: Scenario) -> bool:

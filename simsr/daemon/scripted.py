@@ -18,6 +18,7 @@ import trio
 from nbd_export.disk import Disk, Dropped
 from scenarios.crash_states import SECTOR_BYTES
 from scenarios.disk import DiskRules
+from scenarios.recorder import Meter
 from scenarios.request import Effect, Hang, Plan, Request
 from scenarios.write_cache import WriteCache, WriteLog
 from simsr.daemon.alarm import current_ns
@@ -25,7 +26,7 @@ from simsr.daemon.alarm import current_ns
 if TYPE_CHECKING:
     from simsr.daemon.scenario_run import ScenarioRun
 
-__all__ = ["ScriptedDisk", "UnderWay"]
+__all__ = ["ScriptedDisk", "UnderWay", "Measured"]
 
 _LEAD_MAX_NS = 1_000_000
 
@@ -44,12 +45,37 @@ class UnderWay:
         self.dropped = False  # the power went
 
 
+class Measured:
+    """``with`` it a request is measured, however it ends."""
+
+    __slots__ = ("_meter", "_op", "_length", "_began_ns")
+
+    def __init__(self, meter: Meter, op: str, length: int = 0) -> None:
+        self._meter, self._op, self._length = meter, op, length
+
+    def __enter__(self) -> None:
+        self._began_ns = now = current_ns()
+        self._meter.begin(self._op, now)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        meter, op, now = self._meter, self._op, current_ns()
+        if kind is None:
+            meter.end(op, self._began_ns, now, self._length, False)
+        elif isinstance(error, Dropped):
+            meter.end(op, self._began_ns, now, self._length, error.error is not None, True)
+        elif isinstance(error, Exception):
+            meter.end(op, self._began_ns, now, self._length, True)
+        else:
+            meter.abandon(op, now)
+
+
 class ScriptedDisk:
     """``disk`` is the attachment whose requests these are (None: only `until_due` is used); ``rules`` and ``cache`` belong to the VDI,
     shared by all attachments."""
 
     def __init__(self, run: ScenarioRun, vdi: str, disk: Disk | None, rules: DiskRules, cache: WriteCache, lock: trio.Lock) -> None:
         self._run, self._vdi, self._disk, self._rules, self._cache, self._lock = run, vdi, disk, rules, cache, lock
+        self._meter = run.recorder.meter(vdi)
         self._lead_ns = 0
         self.client = ""
 
@@ -57,6 +83,10 @@ class ScriptedDisk:
 
     async def read(self, offset: int, length: int) -> bytearray:
         """Read under the rules. Raises OSError, `Dropped`, what the disk raises."""
+        with Measured(self._meter, "read", length):
+            return await self._read(offset, length)
+
+    async def _read(self, offset: int, length: int) -> bytearray:
         plan = await self.until_due(Request("read", offset, length, client=self.client))
         overlay, effects = self._rules.overlay, plan.effects
         began = current_ns()
@@ -68,6 +98,10 @@ class ScriptedDisk:
 
     async def write(self, op: str, offset: int, length: int, payload: bytes | bytearray | None, fua: bool) -> None:
         """``op``: write, zero or trim. Raises OSError, `Dropped`, what the disk raises."""
+        with Measured(self._meter, op, length):
+            await self._write(op, offset, length, payload, fua)
+
+    async def _write(self, op: str, offset: int, length: int, payload: bytes | bytearray | None, fua: bool) -> None:
         plan = await self.until_due(Request(op, offset, length, fua, client=self.client))
         began = current_ns()
         if op == "trim":
@@ -80,8 +114,10 @@ class ScriptedDisk:
                 await self._write_noted(offset, length, view, effects, fua)
         elif length:
             await _write(self._disk, offset, length, view)
-        if fua or self._cache.each_write:
+        stable = fua or self._cache.each_write
+        if stable:
             await self._flush()
+        self._cache.promises.wrote({effect.kind for effect in effects}, stable)
         self._took(began)
 
     async def _write_noted(
@@ -107,6 +143,11 @@ class ScriptedDisk:
 
     async def flush(self) -> None:
         """Raises OSError, `Dropped`, what the disk raises."""
+        with Measured(self._meter, "flush"):
+            await self._flush_planned()
+
+    async def _flush_planned(self) -> None:
+        promise = self._cache.promises.mark(self._cache.mark())
         plan = await self.until_due(Request("flush", client=self.client))
         began = current_ns()
         if not any(effect.kind == "lose" for effect in plan.effects):
@@ -116,11 +157,18 @@ class ScriptedDisk:
             self._cache.flushed(mark)
             if log is not None:
                 log.flushed(log_mark)
+        self._cache.promises.flushed(promise)
         self._took(began)
 
     async def meet(self, op: str, offset: int = 0, length: int = 0) -> None:
         """For what is carried out elsewhere: extents, open, close. Raises OSError, `Dropped`."""
-        await self.until_due(Request(op, offset, length, client=self.client))
+        with Measured(self._meter, op):
+            await self.until_due(Request(op, offset, length, client=self.client))
+
+    async def meet_control(self, op: str, client: str) -> Plan:
+        """For an operation of the control plane; what it then does itself takes no part. Raises OSError, `Dropped`."""
+        with Measured(self._meter, op):
+            return await self.until_due(Request(op, client=client))
 
     # Plans.
 
@@ -130,6 +178,8 @@ class ScriptedDisk:
         state = UnderWay(self._vdi, run.path_of(self._rules, now))
         plan = self._rules.decide(request, now)
         run.obey()
+        if plan.rules:
+            self._meter.fired(plan.rules, now)
         if plan.hang is None and not plan.delay_ns:
             self._refuse(plan, plan.error)
             return plan
@@ -150,14 +200,15 @@ class ScriptedDisk:
 
     async def _park(self, state: UnderWay, plan: Plan, hang: Hang) -> None:
         state.parked_by = hang.rule
-        self._run.hung += 1
+        recorder = self._run.recorder
+        recorder.park(state, current_ns())
         try:
             if hang.until_ns is None:
                 await state.event.wait()
             else:
                 await self._run.alarm.wait(state.event, hang.until_ns)
         finally:
-            self._run.hung -= 1
+            recorder.unpark(state, current_ns())
         by_order, state.parked_by, state.event = state.parked_by is None, None, trio.Event()
         if state.dropped:
             raise Dropped(None)

@@ -16,7 +16,8 @@ import trio
 
 from nbd_export.disk import Dropped
 from scenarios.loader import load
-from scenarios.request import Effect, Request
+from scenarios.report import Recording, report_of
+from scenarios.request import Effect
 from scenarios.schema import Scenario
 from scenarios.write_cache import WriteLog
 from simsr.daemon import threads
@@ -44,6 +45,7 @@ class Theatre:
         self._nursery: trio.Nursery
         self.alarm = Alarm()
         self.play: ScenarioRun | None = None
+        self.last: Recording | None = None
         self._step = STEPS[0]
 
     async def run(self, task_status: trio.TaskStatus = trio.TASK_STATUS_IGNORED) -> None:
@@ -104,7 +106,16 @@ class Theatre:
         play = self.playing
         play.end()
         self.play = None
+        if not play.is_live:
+            self.last = play.recording()
         return play.statistics()
+
+    async def report(self) -> dict[str, Any]:
+        """Of the run that is in force, else of the last scenario that was (not of live rules). Raises `NoScenario`."""
+        recording = self.play.recording() if self.play is not None else self.last
+        if recording is None:
+            raise NoScenario(where="this daemon")
+        return await trio.to_thread.run_sync(report_of, recording)
 
     @property
     def playing(self) -> ScenarioRun:
@@ -155,7 +166,7 @@ class Theatre:
         if play is None or vdi is None:
             return _nothing
         try:
-            plan = await play.gate(vdi).until_due(Request(op, client=client))
+            plan = await play.gate(vdi).meet_control(op, client)
         except OSError as error:
             fault = getattr(error, "sm_fault", 0)
             reason = f"fault {fault}" if fault else error.strerror or ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -134,3 +135,44 @@ def test_run_with_a_scenario(simsr, scenario):
     path = scenario('[[rule]]\nmatch = { op = "read" }\naction = { error = "EIO" }\n')
     script = 'qemu-io -f raw -c "read 0 4k" "$uri" 2>&1 | grep -q Input/output'
     assert simsr("run", "--size", "16MiB", "--scenario", path, "--", "sh", "-c", script).status == 0
+
+
+def test_a_report_of_a_run_with_a_broken_expectation(simsr, disk, scenario, tmp_path):
+    page = tmp_path / "out.html"
+    path = scenario(
+        '[[expect]]\nthat = "count(\'read\') >= 1"\n[[expect]]\nthat = "client.errors == 0"\n[[phase]]\nname = "only"\nfor = "0.3s"\n'
+        '[[phase.rule]]\nmatch = { op = "write" }\naction = { error = "EIO" }\n'
+    )
+    outcome = simsr("scenario", "run", path, "--report", str(page))
+    assert outcome.status == 1 and "did not go as expected: count('read') >= 1" in outcome.err
+    assert "broken: count('read') >= 1 (count('read') is 0)" in outcome.out
+    assert "not evaluated: client.errors == 0 (client.errors: no request was made of a disk of the scenario)" in outcome.out
+    assert "1 of 2 expectations broken" in page.read_text() and sorted(os.listdir(tmp_path)) == ["my.toml", "out.html"]
+    shown = json.loads(simsr("scenario", "report", "--json").out)
+    assert shown["verdict"] == "broken" and shown["phases"][0]["name"] == "only" and not shown["is_running"]
+    assert "verdict:" in simsr("scenario", "report").out
+
+
+def test_a_report_of_a_run_under_way(simsr, disk, scenario, tmp_path):
+    path = scenario('[[expect]]\nthat = "client.errors == 0"\n[[phase]]\nname = "slow"\n[[phase.rule]]\naction = { delay = "2ms" }\n')
+    assert simsr("scenario", "run", path, "--detach").status == 0
+    qemu_io(disk, "write 0 64k", "read 0 64k", "flush")
+    assert "met: client.errors == 0 (client.errors is 0)" in simsr("scenario", "status").out
+    page = tmp_path / "now.html"
+    assert simsr("scenario", "report", "--out", str(page)).lines == [f"The report of mine is in {page}."]
+    assert "still running" in page.read_text()
+    shown = json.loads(simsr("scenario", "report", "--json").out)
+    ops = {one["op"]: one for one in shown["operations"] if one["phase"] is None}
+    assert ops["read"]["bytes"] == ops["write"]["bytes"] == 64 << 10
+    assert ops["read"]["min_s"] >= 0.002 and sum(shown["timeline"]["requests"]["read"]) == ops["read"]["count"]
+    assert shown["disks"][0]["name"] == "disk" and shown["timeline"]["hits"]
+
+
+def test_reports_that_cannot_be_written(simsr, disk, scenario, tmp_path):
+    path = scenario('[[phase]]\nfor = "0.1s"\n')
+    for place in (tmp_path, tmp_path / "none" / "x.html"):
+        outcome = simsr("scenario", "run", path, "--report", str(place))
+        assert outcome.status == 1 and "cannot write" in outcome.err
+        assert simsr("scenario", "status").status == 43, "it was not even begun"
+    assert simsr("scenario", "run", path, "--detach", "--report", "x.html").status == 2
+    assert os.listdir(tmp_path) == ["my.toml"]

@@ -75,7 +75,17 @@ async def test_the_dead_man_lets_go(autojump_clock):
             nursery.start_soon(here["one"].read, 0, 512)
             await trio.sleep(5)
             here.play.dead_man()
-        assert here.play.hung == 0
+        assert here.play.recorder.hanging == 0
+
+
+async def test_disks_are_measured_in_phases_without_rules_if_the_scenario_is_about_them(autojump_clock):
+    bad = '[[phase]]\nname = "bad"\nfor = "10s"\n[[phase.rule]]\nmatch = { vdi = "one" }\naction = { error = "EIO" }\n'
+    async with stage('[[phase]]\nname = "good"\nfor = "10s"\n' + bad, ("one", "two")) as here:
+        await here["one"].read(0, 512)
+        assert here["two"] is None
+        await trio.sleep(20.5)
+        assert here["one"] is None, "the last phase is over"
+        assert here.play.recorder.tally("read", "good").count == 1
 
 
 async def test_phases_come_and_go_without_requests(autojump_clock):
@@ -84,12 +94,12 @@ async def test_phases_come_and_go_without_requests(autojump_clock):
         '[[phase]]\nname = "gone"\n'
     )
     async with stage(text) as here:
-        assert here["one"] is None
+        await here["one"].read(0, 512)
         await trio.sleep(10.5)
         with pytest.raises(OSError):
             await here["one"].read(0, 512)
         await trio.sleep(10)
-        assert here["one"] is None
+        await here["one"].read(0, 512)
         assert [(note["at_s"], note["name"]) for note in here.play.notes] == [(0, "good"), (10, "bad"), (20, "gone")]
 
 
