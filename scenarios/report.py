@@ -22,7 +22,7 @@ from scenarios.schema import Scenario
 
 __all__ = ["Recording", "outcomes_of", "verdict_of", "report_of"]
 
-_S = 1e-9
+_NS_PER_S = 1e9
 _BINS_PER_ROW = 3
 _POINTS_MAX = 120
 _SHARES = {"p50_s": 0.5, "p90_s": 0.9, "p99_s": 0.99, "p999_s": 0.999}
@@ -83,7 +83,7 @@ def report_of(recording: Recording) -> dict[str, Any]:
         "events": [{"at_s": _since(recorder, note.at_ns), "what": note.what, "name": note.name} for note in recorder.notes],
         "left_out": recorder.left_out,
         "operations": _operations(recorder),
-        "hangs": {**_latencies(recorder.hangs), "now": seen.hanging, "max_s": recorder.hung_max_ns(now) * _S},
+        "hangs": {**_latencies(recorder.hangs), "now": seen.hanging, "max_s": recorder.hung_max_ns(now) / _NS_PER_S},
         "gaps": _gaps(recorder, now, {uuid: name for uuid, name, _ in recording.disks}),
         "flushed_writes": {"promised": seen.promised, "lost": seen.lost},
         "replay_lag": _latencies(recorder.lags) if recorder.lags.count else None,
@@ -95,17 +95,17 @@ def report_of(recording: Recording) -> dict[str, Any]:
 
 
 def _since(recorder: Recorder, at_ns: int) -> float:
-    return max(0, at_ns - recorder.began_ns) * _S
+    return max(0, at_ns - recorder.began_ns) / _NS_PER_S
 
 
 def _latencies(tally: Tally) -> dict[str, Any]:
     some = bool(tally.count)
     return {
         "count": tally.count,
-        "min_s": tally.min_ns * _S if some else None,
-        "mean_s": tally.sum_ns / tally.count * _S if some else None,
-        **{name: tally.percentile_ns(share) * _S if some else None for name, share in _SHARES.items()},
-        "max_s": tally.max_ns * _S if some else None,
+        "min_s": tally.min_ns / _NS_PER_S if some else None,
+        "mean_s": tally.sum_ns / tally.count / _NS_PER_S if some else None,
+        **{name: tally.percentile_ns(share) / _NS_PER_S if some else None for name, share in _SHARES.items()},
+        "max_s": tally.max_ns / _NS_PER_S if some else None,
     }
 
 
@@ -124,7 +124,7 @@ def _operations(recorder: Recorder) -> list[dict[str, Any]]:
                     "bytes": tally.bytes,
                     "errors": tally.errors,
                     **_latencies(tally),
-                    "quantiles": [[share, (tally.percentile_ns(share) if share else tally.min_ns) * _S] for share in steps
+                    "quantiles": [[share, (tally.percentile_ns(share) if share else tally.min_ns) / _NS_PER_S] for share in steps
                                   if share == 1 or tally.count * (1 - share) >= 1],
                 }
             )  # fmt: skip
@@ -137,7 +137,7 @@ def _gaps(recorder: Recorder, now: int, names: dict[str, str]) -> list[dict[str,
         if gap := recorder.gap(op, now):
             length_ns, at_ns, disk = gap
             found.append(
-                {"op": op, "max_s": length_ns * _S, "at_s": _since(recorder, at_ns), "vdi": disk, "name": names.get(disk, "")}
+                {"op": op, "max_s": length_ns / _NS_PER_S, "at_s": _since(recorder, at_ns), "vdi": disk, "name": names.get(disk, "")}
             )
     return found
 
@@ -176,7 +176,7 @@ def _timeline(recorder: Recorder, now: int) -> dict[str, Any]:
         for rule, count in bucket.hits.items():
             hits[rule][number] = count
     return {
-        "bucket_s": recorder.width_ns * _S,
+        "bucket_s": recorder.width_ns / _NS_PER_S,
         "requests": answered,
         "bytes": {op: sizes for op, sizes in moved.items() if any(sizes)},
         "errors": errors,
@@ -201,10 +201,10 @@ def _heat(recorder: Recorder) -> dict[str, Any]:
         lines[op] = []
         for place, several in groupby(tallies, lambda pair: pair[0] // group):
             tally = sum_of(one for _, one in several)
-            shares = (tally.percentile_ns(share) * _S for share in (0.5, 0.99))
-            lines[op].append([place * group, (place + 1) * group, *shares, tally.max_ns * _S])
+            shares = (tally.percentile_ns(share) / _NS_PER_S for share in (0.5, 0.99))
+            lines[op].append([place * group, (place + 1) * group, *shares, tally.max_ns / _NS_PER_S])
     return {
-        "shortest_s": bin_begins_ns(0) * _S,
+        "shortest_s": bin_begins_ns(0) / _NS_PER_S,
         "ratio": bin_begins_ns(_BINS_PER_ROW) / bin_begins_ns(0),
         "cells": cells,
         "percentiles": lines,

@@ -19,6 +19,7 @@ from simsr.cli.mounts import mount, mounts, umount
 from simsr.cli.personality import personality_commands
 from simsr.cli.repositories import sr_commands
 from simsr.cli.smapi import smapi_commands
+from simsr.cli.report_file import page_file
 from simsr.cli.scenarios import fault_commands, read_scenario, scenario_commands
 from simsr.cli.space import diff
 from simsr.cli.tls_setup import tls_setup
@@ -147,7 +148,7 @@ def export_command(
 
 @app.command(
     "run",
-    options_metavar="--size SIZE [--root DIR] [--scenario FILE] -- CMD ...",
+    options_metavar="--size SIZE [--root DIR] [--scenario FILE] [--report FILE] -- CMD ...",
     context_settings={"allow_interspersed_args": False, "allow_extra_args": True},
 )
 def run_command(
@@ -159,10 +160,14 @@ def run_command(
     scenario: Annotated[
         Optional[str], typer.Option("--scenario", metavar="FILE", help="In force while CMD runs: a file, or a name of the library.")
     ] = None,
+    report: Annotated[
+        Optional[str], typer.Option("--report", metavar="FILE", help="Write a page about the scenario in the end.")
+    ] = None,
 ) -> None:
     """Run a command beside a VDI of its own.
 
-    A daemon is started and a VDI created; both are gone when CMD has ended, and its exit status is ours. CMD finds the
+    A daemon is started and a VDI created; both are gone when CMD has ended, and its exit status is ours (1 if that is 0 and
+    expectations of the scenario are broken). CMD finds the
     NBD URI in $uri, the uuid in $vdi and the daemon in $SIMSR_SOCKET; {uri} in its arguments is replaced by the URI.
     """
     from simsr.cli.captive import run_captive
@@ -170,7 +175,16 @@ def run_command(
     if not context.args:
         raise typer.BadParameter("no command to run; write it behind --", context)
     session: Session = context.obj
+    if report is not None and scenario is None:
+        raise typer.BadParameter("--report is about a scenario: give --scenario, too", context)
     chosen = None if scenario is None else read_scenario(scenario)
-    raise typer.Exit(
-        run_captive(context.args, size_bytes=parse_size(size), root=root, debug=session.debug, scenario=chosen)
-    )
+    with page_file(report) as write:
+        status = run_captive(
+            context.args,
+            size_bytes=parse_size(size),
+            root=root,
+            debug=session.debug,
+            scenario=chosen,
+            write_report=write if report else None,
+        )
+    raise typer.Exit(status)

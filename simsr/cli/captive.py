@@ -13,13 +13,14 @@ import os
 import shutil
 import signal
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from simsr.cli.child_daemon import ChildDaemon, short_temporary_directory
 from simsr.cli.client import Client
-from simsr.cli.failures import FileFailure
+from simsr.cli.failures import DaemonAnswer, ExpectationsBroken, FileFailure
 from simsr.cli.output import complain
+from simsr.cli.report_file import check_expectations
 from simsr.cli.transfer import delete_when_free, undisturbed
 from simsr.errors import SimsrError
 
@@ -33,11 +34,18 @@ _IGNORED_BY_PYTHON = [signal.SIGPIPE, signal.SIGXFSZ]
 
 
 def run_captive(
-    command: list[str], *, size_bytes: int, root: str | None, debug: bool, scenario: dict[str, Any] | None = None
+    command: list[str],
+    *,
+    size_bytes: int,
+    root: str | None,
+    debug: bool,
+    scenario: dict[str, Any] | None = None,
+    write_report: Callable[[dict[str, Any]], None] | None = None,
 ) -> int:
     """Run ``command`` beside a daemon with a VDI of ``size_bytes`` and return the exit status to end with.
 
-    ``scenario``: what the API takes to put one in force, from before the command begins until it has ended.
+    ``scenario``: what the API takes to put one in force, from before the command begins until it has ended. ``write_report`` then gets its report; a
+    command that succeeds is taken for one that failed (1) if the scenario's expectations are broken.
     """
     lasting = root is not None
     with _root(root) as directory, _daemon(directory, debug) as socket, _disk(socket, size_bytes, lasting) as vdi:
@@ -45,7 +53,28 @@ def run_captive(
         if scenario is not None:
             with contextlib.closing(Client(socket)) as client:
                 client.post("/v1/scenario", scenario)
-        return _run([word.replace("{uri}", vdi["nbd_uri"]) for word in command], environment)
+        status = _run([word.replace("{uri}", vdi["nbd_uri"]) for word in command], environment)
+        return status if scenario is None else _conclude(socket, status, write_report)
+
+
+def _conclude(socket: str, status: int, write_report: Callable[[dict[str, Any]], None] | None) -> int:
+    """End the scenario, unless the command has, and say what came of it."""
+    with undisturbed(), contextlib.closing(Client(socket)) as client:
+        try:
+            with contextlib.suppress(DaemonAnswer):
+                client.delete("/v1/scenario")
+            report = client.get("/v1/scenario/report")
+        except SimsrError as error:
+            complain(f"what came of the scenario is not known: {error}", error.hint)
+            return status
+        if write_report is not None:
+            write_report(report)
+        try:
+            check_expectations(report)
+        except ExpectationsBroken as error:
+            complain(str(error), "" if write_report else "Give --report FILE.html to see the whole run.")
+            return status or error.exit_code
+    return status
 
 
 @contextlib.contextmanager

@@ -131,10 +131,18 @@ def test_detached(simsr, disk, scenario):
     assert simsr("scenario", "stop").status == 0
 
 
-def test_run_with_a_scenario(simsr, scenario):
-    path = scenario('[[rule]]\nmatch = { op = "read" }\naction = { error = "EIO" }\n')
+def test_run_with_a_scenario(simsr, scenario, tmp_path):
+    rule = '[[rule]]\nmatch = { op = "read" }\naction = { error = "EIO" }\n'
     script = 'qemu-io -f raw -c "read 0 4k" "$uri" 2>&1 | grep -q Input/output'
-    assert simsr("run", "--size", "16MiB", "--scenario", path, "--", "sh", "-c", script).status == 0
+    page = tmp_path / "page.html"
+    words = ["run", "--size", "16MiB", "--scenario", scenario(rule), "--report", str(page), "--", "sh", "-c", script]
+    assert simsr(*words).status == 0 and "EIO" not in page.read_text() and "errors answered" in page.read_text()
+    scenario(rule + '[[expect]]\nthat = "client.errors == 0"\n')
+    outcome = simsr(*words)
+    assert outcome.status == 1 and "did not go as expected: client.errors == 0" in outcome.err
+    assert "1 of 1 expectations broken" in page.read_text()
+    assert simsr(*words[:-1], "exit 7").status == 7
+    assert simsr("run", "--size", "16MiB", "--report", str(page), "--", "true").status == 2
 
 
 def test_a_report_of_a_run_with_a_broken_expectation(simsr, disk, scenario, tmp_path):
