@@ -57,7 +57,10 @@ class Channel:
         return False
 
     async def drain(self) -> None:
-        """Send what waits. Only one task does, the one that found the queue empty."""
+        """Send what waits. Only one task does, the one that found the queue empty.
+
+        Cut short it leaves the queue as it is, for good: whatever was sent behind a part of a reply would pass for the rest of it.
+        """
         unsent = self.unsent
         try:
             while unsent:
@@ -67,7 +70,6 @@ class Channel:
                 else:
                     unsent.popleft()
         finally:
-            unsent.clear()
             self.drained.set()
             self.drained = trio.Event()
 

@@ -90,7 +90,7 @@ class ScenarioRun:
     def _of(self, vdi: Vdi) -> _Attached:
         attached = self._vdis.get(vdi.uuid)
         if attached is None:
-            groups = tuple(filter(None, vdi.volume.meta["sm_config"].get(GROUP_KEY, "").split(",")))
+            groups = tuple(filter(None, vdi.meta["sm_config"].get(GROUP_KEY, "").split(",")))
             rules = self.engine.disk(vdi.uuid, vdi.size_bytes, [vdi.name] if vdi.name else [], vdi.name or vdi.uuid, groups)
             each_write = self._durability.get(self.engine.profile_name(rules) or "") == "each-write"
             attached = self._vdis[vdi.uuid] = _Attached(vdi, rules, each_write, _concerns(self.engine.scenario, rules))

@@ -272,7 +272,9 @@ class _Step:
                 meta = change.meta(node)
                 is_open, origin = meta["tip"] == CRASH, [meta["uuid"], meta["snapshot_time"]]
         if node is None:
-            base = entry["base"] if self._disk.parent == entry["from"] else self._disk.parent
+            base, stays = entry["base"], self._disk.parent != entry["from"]
+            if stays or base is not None and not change.exists(base):
+                base = self._disk.parent
         else:
             base = entry["base"] if change.exists(entry["base"]) else change.parent(node) if change.is_tip(node) else node
         back = [change.meta(ident)["uuid"] for ident in show]

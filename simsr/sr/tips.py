@@ -9,7 +9,7 @@ A step to undo, or to redo, is an entry in the metadata of the disk, the last on
     m, t        what was done (a mode), and when
     head        the volume whose content the disk gets; None: its content stays
     base        the node that the disk descends from then
-    from        where head is None: the node that it descends from now, or, if it does not any more, base does not count
+    from        where head is None: the node that it descends from now, or, if it does not any more, base does not count; nor if base is gone
     show, hide  nodes that come back (volumes), and nodes that go (uuids: a tip that was used up comes back in another volume)
     g, n        the operation that it was a part of, and on how many disks
 

@@ -68,7 +68,7 @@ async def stage(text, names=("one",), directory=None, seed=None, size_bytes=SIZE
     vdis = {
         name: SimpleNamespace(
             uuid=f"uuid-{name}", sr="sr", name=name, size_bytes=size_bytes,
-            volume=SimpleNamespace(ident=number, meta={"sm_config": {GROUP_KEY: groups}}),
+            meta={"sm_config": {GROUP_KEY: groups}}, volume=SimpleNamespace(ident=number, meta={"sm_config": {GROUP_KEY: groups}}),
         )
         for number, name in enumerate(names, 1)
     }

@@ -12,6 +12,7 @@ from trio.testing import MockClock
 
 from nbd_export.disk import Dropped
 from simsr.errors import BadTrace, NotFound
+from simsr.sr.vdi import Tip
 from simsr.store.store import Create, Reset
 
 KIB = 1024
@@ -29,6 +30,18 @@ def rule(match="", trigger="", action="", more=""):
 async def test_a_disk_without_rules_is_not_scripted(autojump_clock):
     async with stage(rule('vdi = "one"', action='delay = "3ms"'), ("one", "two")) as here:
         assert here["two"] is None and here["one"] is not None
+
+
+async def test_a_tip_meets_the_scenario_like_any_disk(autojump_clock):
+    """Its volume has few metadata (found by the simulation)."""
+    meta = {"uuid": "uuid-9", "name": "tip", "snapshot_of": "uuid-one", "snapshot_time": "2026-01-01T00:00:00Z", "tip": "clean"}
+    tip = Tip(SimpleNamespace(ident=9, size_bytes=SIZE, meta=meta), "sr")
+    async with stage('[[rule]]\naction = { error = "EIO" }') as disks:
+        disk = RamDisk(bytearray(SIZE))
+        disks.play.attach(tip, disk)
+        with pytest.raises(OSError):
+            await disk.scripted.read(0, 4096)
+        disks.play.detach(tip, disk)
 
 
 async def test_delays_take_their_time_and_data_arrive(autojump_clock):
@@ -184,7 +197,8 @@ class TestDamageAndHistory:
             here.play.committed("sr", [Create(7, SIZE, {}, 1), Create(8, SIZE, {}, 7)])
             content = bytearray(here.disks["one"].content)
             clone = SimpleNamespace(
-                uuid="uuid-8", sr="sr", name="eight", size_bytes=SIZE, volume=SimpleNamespace(ident=8, meta={"sm_config": {}})
+                uuid="uuid-8", sr="sr", name="eight", size_bytes=SIZE, meta={"sm_config": {}},
+                volume=SimpleNamespace(ident=8, meta={"sm_config": {}}),
             )
             here.play.attach(clone, disk := RamDisk(content))
             assert bytes(await disk.scripted.read(0, 1)) == b"a"

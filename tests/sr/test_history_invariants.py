@@ -255,6 +255,28 @@ def test_inv08_undo_and_redo(mode, options, between):
     check(sr)
 
 
+def test_inv08_a_commit_is_undone_although_what_the_head_came_from_is_gone():
+    """The disk then named a parent that was not there, and could never be reverted again (found by the simulation)."""
+    world = World()
+    sr = world.repository
+    disk = sr.create(8 * BLOCK, name="disk")
+    fill(disk, 1)
+    first = sr.snapshot(disk, name="first")
+    old = content(first)
+    fill(disk, 2)
+    between = sr.snapshot(disk, name="between")
+    fill(disk, 3)
+    head = content(disk)
+    go(sr, first, "commit")
+    sr.delete(between)
+    undo(sr, disk)
+    assert (content(disk), content(sr.get(first.uuid))) == (head, old)
+    check(sr)
+    go(sr, sr.get(first.uuid))
+    assert content(disk) == old
+    check(sr)
+
+
 def test_inv08_a_new_operation_ends_redo_and_keeps_the_tip():
     _, sr, disk, nodes = branchy()
     go(sr, nodes["b"])

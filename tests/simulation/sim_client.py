@@ -1,0 +1,309 @@
+"""An NBD client of the simulation: sessions of random requests, each answer held against the model."""
+
+from __future__ import annotations
+
+import errno
+import random
+import struct
+from typing import TYPE_CHECKING, NamedTuple
+
+import trio
+from nbd_wire import DISC, FLUSH, FUA, READ, STATUS, TRIM, WRITE, ZEROES, Reply, ReplyReader, extended_request
+from nbd_wire import request as simple_request
+from nbd_wire import set_meta_context, shake_hands_bytes
+from sim_machine import Failure, SimChannel, Socket
+from sim_model import NEVER, SECTOR, Disk, Version, payload, sectors_of
+
+from nbd_export import constants as c
+
+if TYPE_CHECKING:
+    from sim_world import World
+
+__all__ = ["Gone", "Session", "guest"]
+
+BLOCK = 8  # sectors
+_NAMES = {READ: "read", WRITE: "write", FLUSH: "flush", TRIM: "trim", ZEROES: "zero", STATUS: "extents"}
+STUCK_S = 120
+
+
+class Gone(Exception):
+    """The server has closed the connection, or refused it."""
+
+
+class _Asked(NamedTuple):
+    command: int
+    flags: int
+    first: int
+    count: int
+    issue: int
+    at_s: float
+    versions: list[Version]
+
+
+class Session:
+    """One connection to ``disk``."""
+
+    def __init__(self, world: World, disk: Disk, rng: random.Random, name: str) -> None:
+        self.world, self.disk, self._rng, self.name = world, disk, rng, name
+        self.style = rng.choice(("simple", "structured", "extended"))
+        extended, structured = self.style == "extended", self.style != "simple"
+        self._reader = ReplyReader(structured, extended)
+        self._request = extended_request if extended else simple_request
+        self._sock, self._server_sock = Socket.pair(rng)
+        self.closed = trio.Event()
+        self.asked: dict[int, _Asked] = {}
+        self._cookie = 0
+        self.sectors = 0
+
+    # Coming and going.
+
+    async def open(self) -> None:
+        """Raises `Gone` if the export is refused."""
+        host, fixed = self.world.host, self._rng.random() < 0.3
+        host._nursery.start_soon(self._serve, host.nbd, self.disk.uuid if fixed else None)
+        extended, structured = self.style == "extended", self.style != "simple"
+        asked = "whatever" if fixed else self.disk.uuid
+        meta = ("base:allocation",) if structured else ()
+        await self._send(shake_hands_bytes(asked, structured=structured, extended=extended, meta=meta))
+        await self._exactly(18)
+        acknowledged, wanted = 0, (3 if meta else 1)
+        while acknowledged < wanted:
+            _, _, kind, length = struct.unpack(">QIII", await self._exactly(20))
+            data = await self._exactly(length)
+            if kind & c.NBD_REP_FLAG_ERROR:
+                self._sock.close()
+                await self.closed.wait()
+                raise Gone(data.decode(errors="replace"))
+            if kind == c.NBD_REP_INFO and data[:2] == b"\0\0":
+                self.sectors = int.from_bytes(data[2:10], "big") // SECTOR
+            acknowledged += kind == c.NBD_REP_ACK
+
+    async def _serve(self, server: object, fixed: str | None) -> None:
+        try:
+            await server.converse(SimChannel(self._server_sock, self.world.journal.now_ns), fixed_export=fixed)
+        finally:
+            self._server_sock.close()
+            self.closed.set()
+
+    async def close(self, in_order: bool) -> None:
+        """Leave; returns when nothing of this connection can happen any more."""
+        if in_order:
+            try:
+                await self._send(self._request(DISC, 0))
+            except Gone:
+                pass
+        else:
+            self._sock.close()
+        await self.closed.wait()
+        self._sock.close()
+        await self.world.if_up()
+        self.lost()
+
+    def lost(self) -> None:
+        """No answer comes any more."""
+        for asked in self.asked.values():
+            end = self.world.tick()
+            for version in asked.versions:
+                version.end = end
+            self.world.ended(asked.issue)
+        self.asked.clear()
+
+    # Bytes.
+
+    async def _send(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[self._sock.send(view) :]
+            except BlockingIOError:
+                await self._sock.writable()
+            except BrokenPipeError:
+                raise Gone from None
+        await trio.lowlevel.checkpoint()
+
+    async def _receive(self) -> bytes:
+        space = memoryview(bytearray(32 << 10))
+        while True:
+            await self._sock.readable()
+            await self.world.if_up()
+            try:
+                count = self._sock.recv_into(space)
+            except BlockingIOError:
+                continue
+            if not count:
+                await self.closed.wait()
+                await self.world.if_up()
+                raise Gone
+            return bytes(space[:count])
+
+    async def _exactly(self, count: int) -> bytes:
+        data = b""
+        while len(data) < count:
+            await self._sock.readable()
+            await self.world.if_up()
+            space = memoryview(bytearray(count - len(data)))
+            try:
+                got = self._sock.recv_into(space)
+            except BlockingIOError:
+                continue
+            if not got:
+                await self.closed.wait()
+                raise Gone
+            data += bytes(space[:got])
+        return data
+
+    # Requests.
+
+    def make(self, command: int, first: int = 0, count: int = 0, flags: int = 0) -> bytes:
+        """Note a request in the model; returns its bytes."""
+        world, content = self.world, self.disk.content
+        self._cookie += 1
+        issue, versions, data = world.tick(), [], b""
+        if command in (WRITE, ZEROES, TRIM):
+            values = [world.new_value(sector) if command == WRITE else 0 for sector in range(first, first + count)]
+            versions = [Version(issue, NEVER, value, False) for value in values]
+            for sector, version in enumerate(versions, first):
+                content.versions[sector].append(version)
+            data = payload(values) if command == WRITE else b""
+        self.asked[self._cookie] = _Asked(command, flags, first, count, issue, trio.current_time(), versions)
+        world.begun(issue)
+        world.requests += 1
+        self._reader.expect(command, self._cookie, first * SECTOR, count * SECTOR)
+        return self._request(command, self._cookie, first * SECTOR, count * SECTOR, data, flags)
+
+    async def answered(self) -> None:
+        """Take what has come and judge it; waits for something. Raises `Gone`."""
+        try:
+            data = await self._receive()
+        except Gone:
+            self._judge_end()
+            raise
+        self._reader.feed(data)
+        for cookie in list(self._reader.replies):
+            self._judge(self._reader.replies.pop(cookie))
+
+    async def all_answered(self) -> None:
+        while self.asked:
+            await self.answered()
+
+    def _judge_end(self) -> None:
+        issue = min((asked.issue for asked in self.asked.values()), default=self.world.moment)
+        self.world.note(f"{self.name} lost its connection with {len(self.asked)} requests under way")
+        if not self.world.is_excused(self.disk, issue):
+            raise Failure(f"{self.name}: the daemon closed a connection to {self.disk.uuid} without a reason")
+        self.lost()
+
+    def _judge(self, reply: Reply) -> None:
+        world, asked = self.world, self.asked.pop(reply.cookie)
+        end = world.tick()
+        what = f"{_NAMES[asked.command]} {asked.first}+{asked.count}"
+        world.note(f"{self.name} {what} issued {asked.issue}: {errno.errorcode.get(reply.error, reply.error) if reply.error else 'ok'}")
+        for version in asked.versions:
+            version.end, version.certain = end, not reply.error
+        if reply.error:
+            if not world.may_fail(self.disk, asked.issue, asked.command, reply.error):
+                raise Failure(f"{self.name}: {what} of {self.disk.uuid} failed without a reason: {reply.error} {reply.text}")
+        elif asked.command == FLUSH or asked.flags & FUA and asked.versions:
+            world.is_durable(asked.issue)
+        elif asked.command == READ and not world.is_damaged(asked.issue):
+            self._judge_data(asked, reply, what)
+        elif asked.command == STATUS and not world.is_damaged(asked.issue):
+            self._judge_extents(asked, reply, what)
+        world.ended(asked.issue)
+        if asked.versions:
+            self.disk.content.prune(asked.first, asked.first + asked.count, world.oldest)
+
+    def _judge_data(self, asked: _Asked, reply: Reply, what: str) -> None:
+        if self.disk.unsure >= asked.issue:
+            return
+        if wrong := self.disk.content.wrong(sectors_of(reply.data), asked.issue, asked.first, self.disk.coming):
+            raise Failure(f"{self.name}: {what} of {self.disk.uuid}: {wrong}")
+        self.world.sectors_read += asked.count
+
+    def _judge_extents(self, asked: _Asked, reply: Reply, what: str) -> None:
+        """What is said to read as zeros may hold zeros."""
+        sector, disk = asked.first, self.disk
+        if disk.unsure >= asked.issue:
+            return
+        for extents in reply.extents.values():
+            for length, flags in extents:
+                for at in range(sector, min(sector + length // SECTOR, asked.first + asked.count)):
+                    if flags & c.NBD_STATE_ZERO and not disk.content.may_be(at, asked.issue, 0, disk.coming):
+                        raise Failure(f"{self.name}: {what}: sector {at} is said to be zero: {disk.content.versions[at]}")
+                sector += length // SECTOR
+
+    # What guests do.
+
+    def random_request(self) -> bytes:
+        rng, disk = self._rng, self.disk
+        sectors = min(self.sectors, disk.sectors)
+        command = rng.choices((READ, WRITE, FLUSH, TRIM, ZEROES, STATUS), (30, 50, 6, 3, 5, 3))[0]
+        if disk.of is not None and command in (WRITE, TRIM, ZEROES) or command == STATUS and self.style == "simple":
+            command = READ
+        if command == FLUSH:
+            return self.make(FLUSH)
+        count = min(sectors, rng.choice((1, 3, 8, 8, 8, 16, 24, 40, 64)))
+        first = rng.randrange(sectors - count + 1)
+        if command == TRIM or rng.random() < 0.6:
+            first = first // BLOCK * BLOCK
+            count = min(sectors - first, -(-count // BLOCK) * BLOCK)
+            if command == TRIM and count % BLOCK:
+                command = ZEROES
+        flags = FUA if command in (WRITE, ZEROES, TRIM) and rng.random() < 0.12 else 0
+        return self.make(command, first, count, flags)
+
+    async def work(self) -> None:
+        """Batches of requests, for a while."""
+        rng = self._rng
+        for _ in range(rng.choice((1, 2, 5, 12))):
+            depth = rng.choice((1, 1, 2, 4, 12))
+            if not min(self.sectors, self.disk.sectors):
+                return
+            await self._send(b"".join(self.random_request() for _ in range(depth)))
+            leave = rng.randrange(depth) if rng.random() < 0.1 else 0
+            while len(self.asked) > leave:
+                await self.answered()
+            await trio.sleep(rng.choice((0, 0, 0.0003, 0.004, 0.1, 1.5)) * rng.random())
+
+    async def read_all(self) -> list[int | None]:
+        """All sectors, unjudged."""
+        found: list[int | None] = []
+        while len(found) < self.sectors:
+            count = min(128, self.sectors - len(found))
+            await self._send(self.make(READ, len(found), count))
+            (cookie,) = self.asked
+            while cookie not in self._reader.replies:
+                self._reader.feed(await self._receive())
+            reply, asked = self._reader.replies.pop(cookie), self.asked.pop(cookie)
+            self.world.ended(asked.issue)
+            if reply.error:
+                raise Failure(f"{self.disk.uuid} cannot be read after the start: {reply.error} {reply.text}")
+            found += sectors_of(reply.data)
+        return found
+
+
+async def guest(world: World, rng: random.Random, name: str) -> None:
+    """Connects to one disk after the other, for ever."""
+    number = 0
+    while True:
+        await trio.sleep(rng.choice((0.001, 0.1, 2.0)) * rng.random())
+        known = [disk for disk in world.disks.values() if not disk.is_tip]
+        if not known:
+            continue
+        disk = rng.choice(known)
+        number += 1
+        session = Session(world, disk, rng, f"{name}.{number}")
+        world.sessions[session] = None
+        issue = world.tick()
+        try:
+            await session.open()
+            world.note(f"{session.name} connected to {disk.uuid[:8]} ({session.style}, {session.sectors} sectors)")
+            await session.work()
+            await session.close(in_order=rng.random() < 0.7)
+        except Gone as gone:
+            session.lost()
+            if session.sectors == 0 and not world.may_be_refused(disk, issue):
+                raise Failure(f"{name}: a connection to {disk.uuid} was refused without a reason: {gone}") from None
+        finally:
+            session._sock.close()
+            world.sessions.pop(session, None)
