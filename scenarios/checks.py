@@ -92,6 +92,8 @@ def _match(scenario: Scenario, rule: Rule) -> _Reasons:
         useless = [op for op in match.op if op not in (_RANGED if key != "fua" else ("write", "zero", "trim"))]
         if getattr(match, key) is not None and match.op and len(useless) == len(match.op):
             yield f"the rule can never fire: {', '.join(useless)} has no {key}", f"Leave {key} out."
+    if rule.action.replay is not None and rule.action.replay.on == "disk" and not match.vdi and rule.action.replay.as_ == "workload":
+        yield "this load would overwrite every disk", 'Name its disks: match = { vdi = ... }, or take on = "scratch".'
     sent = {*CONTROL_OPS, *(op for client in match.client for op in CLIENTS[client].ops)}
     if match.client and not sent & set(ops_of(rule)):
         yield f"the rule can never fire: {' and '.join(match.client)} never send {', '.join(ops_of(rule))}", "Leave client out."

@@ -54,6 +54,8 @@ __all__ = [
     "NoScenario",
     "InjectedFault",
     "CannotExplore",
+    "RecordingRunning",
+    "ReplayUnfaithful",
     "UnknownPersonality",
     "SnapshotChainTooLong",
     "InstallRefused",
@@ -466,6 +468,22 @@ class CannotExplore(SimsrError):
     def __init__(self, hint: str = "", **details: object) -> None:
         super().__init__(**details)
         self.hint = hint or self.hint
+
+
+class RecordingRunning(SimsrError):
+    """VDI {name} is being recorded already"""
+
+    exit_code = 48
+    http_status = 409
+    hint = "End that first: Ctrl-C where 'simsr record' runs."
+
+
+class ReplayUnfaithful(SimsrError):
+    """the replay of {trace} was not like the trace: {reason}"""
+
+    exit_code = 49
+    http_status = 409
+    hint = "Replay it slower (--speed), or allow more lag (--max-lag); what failed is in the daemon's log."
 
 
 class UnknownPersonality(BadRequest):

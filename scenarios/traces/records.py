@@ -23,7 +23,8 @@ _ORDER_WINDOW = 4096
 
 
 class Record(NamedTuple):
-    """One request. ``latency_ns`` and ``depth`` (requests in service when it came) are None where the trace does not say."""
+    """One request. ``latency_ns`` and ``depth`` (requests in service when it came) are None where the trace does not say, or where the
+    request was never answered. ``client``: who asked."""
 
     issue_ns: int
     op: str
@@ -34,6 +35,7 @@ class Record(NamedTuple):
     fua: bool = False
     depth: int | None = None
     device: str = ""
+    client: str = ""
 
 
 class Info(NamedTuple):
@@ -46,7 +48,7 @@ class Info(NamedTuple):
 
 
 class Format(NamedTuple):
-    """``keeps``: what survives writing and reading, of ("latency", "flush", "trim", "zero", "fua", "error", "depth")."""
+    """``keeps``: what survives writing and reading, of ("latency", "flush", "trim", "zero", "fua", "error", "depth", "client")."""
 
     name: str
     about: str

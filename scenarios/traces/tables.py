@@ -118,13 +118,17 @@ def _spc(lines: Lines) -> Iterator[Record]:
 
 
 def _write_spc(records: Iterable[Record], out: BinaryIO, info: Info) -> int:
+    """Units are numbers; devices of other names get some, in the order in which they come."""
     skipped = 0
+    units: dict[str, str] = {}
     for record in records:
         if record.op not in ("read", "write") or record.offset % SECTOR_BYTES:
             skipped += 1
             continue
         time = f"{record.issue_ns // 10**9}.{record.issue_ns % 10**9:09}"
-        fields = (_name(record.device) or 0, record.offset // SECTOR_BYTES, record.length, record.op[0], time)
+        device = record.device
+        unit = device if device.isascii() and device.isdigit() else units.setdefault(device, str(len(units)))
+        fields = (unit, record.offset // SECTOR_BYTES, record.length, record.op[0], time)
         out.write((",".join(map(str, fields)) + "\n").encode())
     return skipped
 

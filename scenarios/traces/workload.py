@@ -1,7 +1,7 @@
 """Workload replay: when to issue which request of a trace, as a noisy neighbour does, and how far behind we are.
 
-`Workload` keeps no clock: ask `next_due_ns`, and `take(now)` what is due. A trace for another disk is fitted: offsets
-beyond ours wrap around, are scaled, or are left out. The lag, how late requests were taken, says whether the trace's pace was
+`Workload` keeps no clock: ask `next_due_ns`, and `take(now)` what is due; or have it read ahead (`upcoming`) and tell it how late each
+request was made (`lagged`). A trace for another disk is fitted: offsets beyond ours wrap around, are scaled, or are left out. The lag, how late requests were taken, says whether the trace's pace was
 kept; a replay that cannot keep it must say so.
 """
 
@@ -9,16 +9,49 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable, Iterator
+from hashlib import blake2b
 from typing import Any
 
 from scenarios.request import Request
 from scenarios.traces.records import Record
 from simsr.errors import BadTrace
 
-__all__ = ["Workload"]
+__all__ = ["LatestTimes", "Workload", "payload"]
 
 _SECTOR_BYTES = 512
-_LAGS_KEPT = 1 << 16
+_TIMES_KEPT = 1 << 16
+_LENGTH_MAX = 32 << 20
+_CELL_BYTES = 4096
+
+
+def payload(request: Request, number: int) -> bytes:
+    """What the ``number``-th request of a replay writes: each 4 KiB of it say where they belong and by which request, so two
+    replays of a trace leave the same behind."""
+    cells = range(request.offset, request.offset + request.length, _CELL_BYTES)
+    head = number.to_bytes(8, "little")
+    data = b"".join(blake2b(head + at.to_bytes(8, "little")).digest() * (_CELL_BYTES // 64) for at in cells)
+    return data[: request.length]
+
+
+class LatestTimes:
+    """Percentiles of the latest 65536 of many times, and the largest of all."""
+
+    def __init__(self) -> None:
+        self._times = array("q")
+        self.count = self.max_ns = 0
+
+    def add(self, time_ns: int) -> None:
+        self.max_ns = max(self.max_ns, time_ns)
+        if len(self._times) < _TIMES_KEPT:
+            self._times.append(time_ns)
+        else:
+            self._times[self.count % _TIMES_KEPT] = time_ns
+        self.count += 1
+
+    def percentile_ns(self, share: float) -> int:
+        """``percentile_ns(0.99)``; 0 of no times."""
+        times = sorted(self._times)
+        return times[min(len(times) - 1, int(share * len(times)))] if times else 0
 
 
 class Workload:
@@ -45,9 +78,9 @@ class Workload:
         self._speed, self._start_ns, self._began_ns = speed, start_ns, began_ns
         self._records: Iterator[Record] = iter(())
         self._next: tuple[int, Request] | None = None
-        self.rounds = self.taken = self.skipped = 0
-        self.lag_max_ns = 0
-        self._lags = array("q")
+        self.rounds = self.skipped = 0
+        self._lags = LatestTimes()
+        self.lagged = self._lags.add
         self._round_ended_ns = began_ns
         self._advance()
 
@@ -60,16 +93,18 @@ class Workload:
         """The requests that are due, in order."""
         due: list[Request] = []
         while self._next is not None and self._next[0] <= now and len(due) < at_most:
-            lag = now - self._next[0]
-            self.lag_max_ns = max(self.lag_max_ns, lag)
-            if len(self._lags) < _LAGS_KEPT:
-                self._lags.append(lag)
-            else:
-                self._lags[self.taken % _LAGS_KEPT] = lag
-            self.taken += 1
+            self.lagged(now - self._next[0])
             due.append(self._next[1])
             self._advance()
         return due
+
+    def upcoming(self, at_most: int) -> list[tuple[int, Request]]:
+        """The next requests with the times when they are due, whatever time it is; none: that was all."""
+        found: list[tuple[int, Request]] = []
+        while self._next is not None and len(found) < at_most:
+            found.append(self._next)
+            self._advance()
+        return found
 
     def _advance(self) -> None:
         """Find the next request that fits; begins the next round at the end."""
@@ -103,6 +138,8 @@ class Workload:
     def _fitted(self, record: Record) -> Request | None:
         offset, length = record.offset, record.length
         size = self._device_bytes
+        if length > _LENGTH_MAX and record.op in ("read", "write"):
+            return None
         if record.op != "flush" and offset + length > size:
             if self._fit == "skip" or length > size or not length:
                 return None
@@ -118,8 +155,15 @@ class Workload:
 
     def lag_ns(self, share: float) -> int:
         """A percentile of the lag, of the last requests: ``lag_ns(0.99)``."""
-        lags = sorted(self._lags)
-        return lags[min(len(lags) - 1, int(share * len(lags)))] if lags else 0
+        return self._lags.percentile_ns(share)
+
+    @property
+    def taken(self) -> int:
+        return self._lags.count
+
+    @property
+    def lag_max_ns(self) -> int:
+        return self._lags.max_ns
 
     def statistics(self) -> dict[str, Any]:
         return {

@@ -23,6 +23,7 @@ from simsr.cli.report_file import page_file
 from simsr.cli.scenarios import fault_commands, read_scenario, scenario_commands
 from simsr.cli.space import diff
 from simsr.cli.tls_setup import tls_setup
+from simsr.cli.traces import record, replay, trace_commands
 from simsr.cli.xapi import xapi_commands
 from simsr.cli.xe import XE_CONTEXT, xe
 from simsr.units import parse_size
@@ -59,6 +60,7 @@ app.add_typer(xapi_commands, name="xapi")
 app.add_typer(scenario_commands, name="scenario")
 app.add_typer(fault_commands, name="fault")
 app.add_typer(crash_commands, name="crash")
+app.add_typer(trace_commands, name="trace")
 app.command("snapshot")(snapshot)
 app.command("clone")(clone)
 app.command("revert")(revert)
@@ -69,6 +71,8 @@ app.command("diff")(diff)
 app.command("mount")(mount)
 app.command("umount")(umount)
 app.command("mounts")(mounts)
+app.command("record")(record)
+app.command("replay")(replay)
 app.command("check")(check)
 app.command("salvage")(salvage)
 app.command("https-setup")(https_setup)

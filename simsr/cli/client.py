@@ -96,17 +96,29 @@ class Client:
         return self._request("DELETE", path)
 
     @contextlib.contextmanager
-    def stream(self, method: str, path: str) -> Iterator[Iterator[str]]:
+    def stream(self, method: str, path: str, body: dict[str, Any] | None = None) -> Iterator[Iterator[str]]:
         """Give the lines of an answer as they come."""
+        with self._stream(method, path, body) as response:
+            yield response.iter_lines()
+
+    @contextlib.contextmanager
+    def stream_bytes(self, method: str, path: str, body: dict[str, Any] | None = None) -> Iterator[Iterator[bytes]]:
+        """Give the bytes of an answer as they come."""
+        with self._stream(method, path, body) as response:
+            yield response.iter_raw()
+
+    @contextlib.contextmanager
+    def _stream(self, method: str, path: str, body: dict[str, Any] | None) -> Iterator[httpx.Response]:
         connected = self._connected()
         import httpx
 
+        content = {} if body is None else {"json": {key: value for key, value in body.items() if value is not None}}
         try:
-            with connected.stream(method, path, timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)) as response:
+            with connected.stream(method, path, timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S), **content) as response:
                 if not response.is_success:
                     response.read()
                     raise _remote_error(response.json(), response.status_code, f"{method} {path}")
-                yield response.iter_lines()
+                yield response
         except httpx.TransportError as error:
             raise self._unreachable(str(error)) from None
 

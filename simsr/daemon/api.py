@@ -32,6 +32,7 @@ from simsr.daemon.api_personality import personality_router
 from simsr.daemon.api_scenario import ControlGate, scenario_router
 from simsr.daemon.api_scrub import scrub_router
 from simsr.daemon.api_space import space_router
+from simsr.daemon.api_traces import traces_router
 from simsr.daemon.api_xapi import xapi_router
 from simsr.daemon.host import Host, Mounted
 from simsr.daemon.listeners import nbd_uri
@@ -223,6 +224,7 @@ def make_app(host: Host, control_socket: str | None, nbd_tcp: str | None, https:
     app.include_router(scrub_router(host))
     app.include_router(scenario_router(host))
     app.include_router(crash_router(host, VdiOut, _describe_vdi))
+    app.include_router(traces_router(host))
     app.include_router(metrics_router(host))
     walks = Walks(host)
     app.include_router(space_router(host, walks))

@@ -135,6 +135,7 @@ class ScenarioOut(BaseModel):
     hung: int = Field(description="requests that hang now")
     under_way: int = Field(description="requests that wait now, those that hang included")
     power_cuts: int
+    replays: list[dict[str, Any]] = Field(description="loads: requests issued, errors, lag_p50_ns, lag_p99_ns, lag_max_ns")
     notes: list[dict[str, Any]] = Field(description="the last phases and events: at_s, what, name")
     expectations: list[ExpectationOut]
 

@@ -18,7 +18,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from time import time_ns
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
 import trio
@@ -34,6 +34,9 @@ from simsr.store.log import KEEP_FOR_WRITES, FlushJob
 from simsr.store.node_table import Absent
 from simsr.store.store import SPARES_MIN, Store
 from simsr.store.volume import Fetched, ReadJob, Volume, Write
+
+if TYPE_CHECKING:
+    from simsr.daemon.recording import Tap
 
 __all__ = ["Engine", "Disk"]
 
@@ -236,6 +239,7 @@ class Disk(Gated):
         self.terms = terms or Terms()
         self.changed = changed
         self.scripted: Scripted | None = None
+        self.tap: Tap | None = None  # while the disk is recorded
         self.read = volume.read
         self.flush_soon = engine.flush_soon
         self.is_durable = engine.is_durable

@@ -34,6 +34,7 @@ from simsr.daemon.exploring import Exploring
 from simsr.daemon.mounts import Mounts
 from simsr.daemon.nbd_offer import NbdExports
 from simsr.daemon.root import DiskRoot, Root
+from simsr.daemon.replays import Replays
 from simsr.daemon.theatre import Theatre
 from simsr.errors import Ambiguous, BadRequest, NoSpace, SimsrError, SrExists
 from simsr.errors import StoreStopped, UnknownPersonality, VdiExists, VdiInUse
@@ -96,7 +97,8 @@ class Host:
         self.nbd_exports = NbdExports(self)
         self.nbd = NbdServer(self.nbd_exports, **nbd_options)
         self.mounts = Mounts(self)
-        self.theatre = Theatre(self.plain_disk, lambda vdi: self.mounted[vdi.sr].engine)
+        self.replays = Replays(self)
+        self.theatre = Theatre(self.plain_disk, lambda vdi: self.mounted[vdi.sr].engine, self.replays.reach)
         self.exploring = Exploring(self)
         self.started = time.monotonic()
         self._listeners: dict[str, trio.CancelScope] = {}

@@ -120,7 +120,7 @@ class Mounts:
 
         on_write = partial(mounted.repository.written, vdi) if writable else None
         disk = Disk(mounted.engine, vdi.volume, on_detach, on_write=on_write)
-        self._host.theatre.attach(vdi, disk)
+        self._host.theatre.attach(vdi, disk, client)
         return disk
 
     async def resize(self, uuid: str, size_bytes: int) -> None:

@@ -153,7 +153,7 @@ class _Offer:
 
         changed, on_write = partial(self._changed, mounted, vdi), partial(mounted.repository.written, vdi)
         disk = Disk(mounted.engine, vdi.volume, on_detach, door.terms, changed, on_write if writable else None)
-        self._host.theatre.attach(vdi, disk)
+        self._host.theatre.attach(vdi, disk, self._peer.label)
         return disk
 
     # What has changed.

@@ -32,6 +32,8 @@ from scenarios.schema import Scenario
 from scenarios.write_cache import WriteCache, WriteLog
 from simsr.daemon.alarm import Alarm, current_ns
 from simsr.daemon.engine import Disk
+from simsr.daemon.loads import Loads, Reach
+from simsr.daemon.recording import script
 from simsr.daemon.scripted import ScriptedDisk, UnderWay
 from simsr.daemon.trace_files import TraceFiles
 from simsr.sr.vdi import Vdi
@@ -65,9 +67,11 @@ class ScenarioRun:
     """One scenario from its beginning to its end. `run` is its task; ``make_disk`` gives a disk for the run's own writing."""
 
     def __init__(
-        self, scenario: Scenario, seed: int | None, files: TraceFiles, alarm: Alarm, make_disk: Callable[[Vdi], Disk]
-    ) -> None:
+        self, scenario: Scenario, seed: int | None, files: TraceFiles, alarm: Alarm, make_disk: Callable[[Vdi], Disk],
+        reach: Reach | None = None,
+    ) -> None:  # fmt: skip
         self.alarm, self._make_disk, self._files = alarm, make_disk, files
+        self.loads = Loads(self, files, alarm, reach)
         self._under_way: set[UnderWay] = set()
         self._vdis: dict[str, _Attached] = {}
         self._layers: dict[tuple[str, int], Layer] = {}  # (SR, volume) -> the damage of data of volumes that are not in _vdis
@@ -116,14 +120,14 @@ class ScenarioRun:
     def detach(self, vdi: Vdi, disk: Disk) -> None:
         if attached := self._vdis.get(vdi.uuid):
             attached.disks.pop(disk, None)
-        disk.scripted = None
+        script(disk, None)
 
     def _script(self, attached: _Attached) -> None:
         rules = attached.rules
         kept = attached.cache.keeps or attached.cache.log is not None
         needed = rules.applies or self._measures and attached.is_measured or not rules.overlay.is_quiet or kept
         for disk, scripted in attached.disks.items():
-            disk.scripted = scripted if needed else None
+            script(disk, scripted if needed else None)
 
     def _script_all(self) -> None:
         for attached in self._vdis.values():
@@ -185,7 +189,13 @@ class ScenarioRun:
 
     async def run(self, task_status: trio.TaskStatus = trio.TASK_STATUS_IGNORED) -> None:
         """Go through the phases, carry out orders; until cancelled or `end`."""
-        task_status.started()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.loads.run)
+            task_status.started()
+            await self._go_through()
+            self.loads.end()
+
+    async def _go_through(self) -> None:
         self.obey()
         while not self.is_over:
             self._changed = trio.Event()
@@ -209,7 +219,7 @@ class ScenarioRun:
             attached.cache.clear()
             attached.cache.keeps, attached.cache.log = False, None
             for disk in attached.disks:
-                disk.scripted = None
+                script(disk, None)
 
     def dead_man(self) -> None:
         """Whoever controlled the scenario is gone: nobody may hang any more."""
@@ -258,6 +268,14 @@ class ScenarioRun:
                 state.event.set()
             else:
                 state.hang = order.details["rule"]
+
+    def _replay(self, order: Order) -> None:
+        self._note(order)
+        self.loads.begin(order)
+
+    def _replay_stop(self, order: Order) -> None:
+        self._note(order)
+        self.loads.stop(order)
 
     def _power_cut(self, order: Order) -> None:
         self._note(order)
@@ -312,6 +330,8 @@ class ScenarioRun:
         """Put a rule in force. Raises `BadScenario`, `BadRequest`."""
         self._live_rules += 1
         rule = load_rule({**data, **({"name": name} if name else {})}, f"live-{self._live_rules}", self._files.times, self.engine.scenario)
+        if rule.action.replay is not None:
+            self._files.path_of(rule.action.replay.trace)
         if rule.action.power_cut is not None:
             self._remember_writes()
         decided = self.engine.add_rule(rule, current_ns())
@@ -380,6 +400,7 @@ class ScenarioRun:
             "hung": self.recorder.hanging,
             "under_way": len(self._under_way),
             "power_cuts": self.cuts,
+            "replays": self.loads.statistics(),
             "notes": self.notes[-100:],
             "expectations": outcomes_of(self.engine.scenario, self._seen(self.recorder, self.engine.statistics()["rules"])),
         }
@@ -436,6 +457,6 @@ _ORDERS: dict[str, Callable[[ScenarioRun, Order], None]] = {
     "event": ScenarioRun._note,
     "phase": ScenarioRun._note,
     "over": ScenarioRun._note,
-    "replay": ScenarioRun._note,
-    "replay_stop": ScenarioRun._note,
+    "replay": ScenarioRun._replay,
+    "replay_stop": ScenarioRun._replay_stop,
 }

@@ -22,6 +22,7 @@ from scenarios.recorder import Meter
 from scenarios.request import Effect, Hang, Plan, Request
 from scenarios.write_cache import WriteCache, WriteLog
 from simsr.daemon.alarm import current_ns
+from simsr.daemon.direct import flush, read, write
 
 if TYPE_CHECKING:
     from simsr.daemon.scenario_run import ScenarioRun
@@ -90,7 +91,7 @@ class ScriptedDisk:
         plan = await self.until_due(Request("read", offset, length, client=self.client))
         overlay, effects = self._rules.overlay, plan.effects
         began = current_ns()
-        data = await _read(self._disk, overlay.source(offset, effects), length)
+        data = await read(self._disk, overlay.source(offset, effects), length)
         if effects or not overlay.is_quiet:
             overlay.show(offset, memoryview(data), current_ns(), effects)
         self._took(began)
@@ -113,10 +114,10 @@ class ScriptedDisk:
             async with self._lock:
                 await self._write_noted(offset, length, view, effects, fua)
         elif length:
-            await _write(self._disk, offset, length, view)
+            await write(self._disk, offset, length, view)
         stable = fua or self._cache.each_write
         if stable:
-            await self._flush()
+            await flush(self._disk)
         self._cache.promises.wrote({effect.kind for effect in effects}, stable)
         self._took(began)
 
@@ -124,10 +125,10 @@ class ScriptedDisk:
         self, offset: int, length: int, view: memoryview | None, effects: Sequence[Effect], fua: bool
     ) -> None:
         overlay, cache = self._rules.overlay, self._cache
-        before = [bytes(await _read(self._disk, *where)) for where in overlay.before(offset, length, effects)]
+        before = [bytes(await read(self._disk, *where)) for where in overlay.before(offset, length, effects)]
         if cache.keeps:
-            cache.before(offset, bytes(await _read(self._disk, offset, length)))
-        await _write(self._disk, offset, length, view)
+            cache.before(offset, bytes(await read(self._disk, offset, length)))
+        await write(self._disk, offset, length, view)
         if cache.keeps:
             cache.wrote(offset, bytes(length) if view is None else bytes(view), stable=fua or cache.each_write)
         if cache.log is not None:
@@ -138,7 +139,7 @@ class ScriptedDisk:
         """Tell of a write that was done, in whole sectors: of a part of one, the sector as it is now."""
         start, end = offset // SECTOR_BYTES * SECTOR_BYTES, -(-(offset + length) // SECTOR_BYTES) * SECTOR_BYTES
         if (start, end) != (offset, offset + length):
-            view = memoryview(await _read(self._disk, start, end - start))
+            view = memoryview(await read(self._disk, start, end - start))
         log.wrote(start, view, end - start, stable)
 
     async def flush(self) -> None:
@@ -153,7 +154,7 @@ class ScriptedDisk:
         if not any(effect.kind == "lose" for effect in plan.effects):
             mark, log = self._cache.mark(), self._cache.log
             log_mark = log.mark() if log is not None else 0
-            await self._flush()
+            await flush(self._disk)
             self._cache.flushed(mark)
             if log is not None:
                 log.flushed(log_mark)
@@ -228,34 +229,3 @@ class ScriptedDisk:
         """Remember how long the disk itself took."""
         took_ns = min(current_ns() - began_ns, _LEAD_MAX_NS)
         self._lead_ns += (took_ns - self._lead_ns) // 8
-
-    async def _flush(self) -> None:
-        if self._disk.is_durable():
-            return
-        ended, errors = trio.Event(), []
-
-        def done(error: Exception | None) -> None:
-            errors.append(error)
-            ended.set()
-
-        self._disk.flush_soon(done)
-        await ended.wait()
-        if errors[0] is not None:
-            raise errors[0]
-
-
-async def _read(disk: Disk, offset: int, length: int) -> bytearray:
-    data = bytearray(length)
-    view = memoryview(data)
-    if length and disk.read([(offset, view)]):
-        (error,) = await disk.read_cold([(offset, view)])
-        if error is not None:
-            raise error
-    return data
-
-
-async def _write(disk: Disk, offset: int, length: int, view: memoryview | None) -> None:
-    batch = [(offset, length, view)]
-    if not disk.write(batch):
-        await disk.write_rest(batch, 0)
-

@@ -1,4 +1,4 @@
-"""Which scenario is in force in this daemon, if any; starting, ending, and what the operations of the control plane meet.
+"""Which scenario is in force in this daemon, if any; starting, ending, what the operations of the control plane meet; what is recorded.
 
 At most one `ScenarioRun` at a time. Disks are told to it as clients come and go; while there is none, nothing here is asked on the
 way of a request.
@@ -23,11 +23,13 @@ from scenarios.write_cache import WriteLog
 from simsr.daemon import threads
 from simsr.daemon.alarm import Alarm
 from simsr.daemon.engine import Disk, Engine
+from simsr.daemon.loads import Reach
+from simsr.daemon.recording import Recording, Tap
 from simsr.daemon.scenario_run import LIVE, ScenarioRun
 from simsr.daemon.trace_files import TraceFiles
-from simsr.errors import InjectedFault, NoScenario, ScenarioRunning
+from simsr.errors import InjectedFault, NoScenario, NotFound, RecordingRunning, ScenarioRunning
 from simsr.sr.vdi import Vdi
-from simsr.store.store import Op
+from simsr.store.store import Delete, Op
 
 __all__ = ["Theatre", "STEPS"]
 
@@ -37,11 +39,13 @@ second and third); it is durable and the answer has not left."""
 
 
 class Theatre:
-    """``make_disk`` gives a disk on which damage is made permanent and power cuts are carried out; ``engine_of`` the engine of a VDI's SR."""
+    """``make_disk`` gives a disk on which damage is made permanent and power cuts are carried out; ``engine_of`` the engine of a VDI's SR;
+    ``reach`` the disks that loads go to."""
 
-    def __init__(self, make_disk: Callable[[Vdi], Disk], engine_of: Callable[[Vdi], Engine]) -> None:
-        self._make_disk, self._engine_of = make_disk, engine_of
-        self._disks: dict[Disk, Vdi] = {}
+    def __init__(self, make_disk: Callable[[Vdi], Disk], engine_of: Callable[[Vdi], Engine], reach: Reach | None = None) -> None:
+        self._make_disk, self._engine_of, self._reach = make_disk, engine_of, reach
+        self._disks: dict[Disk, tuple[Vdi, str]] = {}
+        self.recordings: dict[str, Recording] = {}  # uuid of the VDI -> what is recorded of it now
         self._nursery: trio.Nursery
         self.alarm = Alarm()
         self.play: ScenarioRun | None = None
@@ -58,13 +62,16 @@ class Theatre:
 
     # Disks.
 
-    def attach(self, vdi: Vdi, disk: Disk) -> None:
-        self._disks[disk] = vdi
+    def attach(self, vdi: Vdi, disk: Disk, client: str = "") -> None:
+        self._disks[disk] = vdi, client
+        if recording := self.recordings.get(vdi.uuid):
+            Tap.put(recording, disk, client)
         if self.play is not None:
             self.play.attach(vdi, disk)
 
     def detach(self, disk: Disk) -> None:
-        vdi = self._disks.pop(disk)
+        vdi, _ = self._disks.pop(disk)
+        Tap.take_away(disk)
         if self.play is not None:
             self.play.detach(vdi, disk)
 
@@ -72,6 +79,36 @@ class Theatre:
         """The store of an SR has made, reset or deleted volumes."""
         if self.play is not None:
             self.play.committed(sr, ops)
+        gone = {(sr, op.ident) for op in ops if isinstance(op, Delete)}
+        for recording in [one for one in self.recordings.values() if one.place in gone]:
+            self.end_recording(recording)
+
+    # Recording.
+
+    def begin_recording(self, vdi: Vdi, seconds: float | None = None) -> Recording:
+        """Begin to record what the clients of a VDI ask, those that come later, too. Raises `RecordingRunning`."""
+        if vdi.uuid in self.recordings:
+            raise RecordingRunning(name=vdi.uuid)
+        recording = self.recordings[vdi.uuid] = Recording(vdi.uuid, (vdi.sr, vdi.volume.ident), vdi.size_bytes, seconds)
+        for disk, (recorded, client) in self._disks.items():
+            if recorded is vdi:
+                Tap.put(recording, disk, client)
+        return recording
+
+    def recording_of(self, vdi: Vdi) -> Recording:
+        """Raises `NotFound`."""
+        if vdi.uuid not in self.recordings:
+            raise NotFound(kind="recording of VDI", name=vdi.uuid)
+        return self.recordings[vdi.uuid]
+
+    def end_recording(self, recording: Recording) -> None:
+        """Nothing more is recorded when this returns."""
+        recording.end()
+        if self.recordings.get(recording.vdi) is recording:
+            del self.recordings[recording.vdi]
+            for disk, (vdi, _) in self._disks.items():
+                if vdi.uuid == recording.vdi:
+                    Tap.take_away(disk)
 
     # Scenarios.
 
@@ -94,9 +131,9 @@ class Theatre:
         return await self._begin(scenario, seed, files)
 
     async def _begin(self, scenario: Scenario, seed: int | None, files: TraceFiles) -> ScenarioRun:
-        play = ScenarioRun(scenario, seed, files, self.alarm, self._make_disk)
+        play = ScenarioRun(scenario, seed, files, self.alarm, self._make_disk, self._reach)
         self.play = play
-        for disk, vdi in self._disks.items():
+        for disk, (vdi, _) in self._disks.items():
             play.attach(vdi, disk)
         await self._nursery.start(play.run)
         return play

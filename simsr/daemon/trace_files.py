@@ -8,13 +8,14 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from scenarios.disk import DiskRules
 from scenarios.schema import Replay, Rule, Scenario
 from scenarios.traces import HEAD_BYTES, Record, detect, format_of, read
+from scenarios.traces.own import read_info
 from scenarios.traces.service_times import ServiceTimes
 from simsr.errors import BadRequest, BadTrace
 
@@ -39,19 +40,35 @@ class TraceFiles:
             raise BadTrace(source=name, where="its name", reason=f"there is no file {path}")
         return path
 
-    def records(self, name: str, format: str | None, device: str | None = None) -> Iterator[Record]:
-        """The records of a trace, from its beginning. blktrace's files of each CPU are read together. Raises `BadTrace`."""
+    def format_of(self, name: str, format: str | None) -> str:
+        """The format of a trace, found out if it is not given. Raises `BadTrace`."""
+        if format:
+            return format_of(format, name).name
+        with self._open(name) as streams:
+            return detect(streams[0].read(HEAD_BYTES), name)
+
+    @contextmanager
+    def _open(self, name: str) -> Iterator[list[BinaryIO]]:
         path = self.path_of(name)
         parts = [path] if os.path.isfile(path) else sorted(glob.glob(glob.escape(path) + ".blktrace.*"))
         with ExitStack() as stack:
             try:
-                streams: list[BinaryIO] = [stack.enter_context(Path(part).open("rb")) for part in parts]
-                head = streams[0].read(HEAD_BYTES)
-                streams[0].seek(0)
-                format = format_of(format, name).name if format else detect(head, name)
-                yield from read(streams, format, name, device)
+                yield [stack.enter_context(Path(part).open("rb")) for part in parts]
             except OSError as error:
                 raise BadTrace(source=name, where="its file", reason=error.strerror or str(error)) from None
+
+    def device_bytes(self, name: str, format: str | None, device: str | None = None, must: bool = False) -> int:
+        """The size of the disk that a trace is of: as the trace says, else, if it ``must`` be known, the end of what is used. Raises `BadTrace`."""
+        if self.format_of(name, format) == "simsr":
+            with self._open(name) as streams:
+                return read_info(streams[0], name)[0].device_bytes
+        return max((one.offset + one.length for one in self.records(name, format, device)), default=0) if must else 0
+
+    def records(self, name: str, format: str | None, device: str | None = None) -> Iterator[Record]:
+        """The records of a trace, from its beginning. blktrace's files of each CPU are read together. Raises `BadTrace`."""
+        format = self.format_of(name, format)
+        with self._open(name) as streams:
+            yield from read(streams, format, name, device)
 
     def times(self, name: str, format: str | None, bucket: tuple[str, ...]) -> ServiceTimes:
         """For ``trace("...")`` in a latency. Raises `BadTrace`."""

@@ -21,7 +21,7 @@ class RamDisk:
     """A disk of the daemon, in memory. ``durable`` is what a flush has made so."""
 
     def __init__(self, content: bytearray) -> None:
-        self.content, self.scripted = content, None
+        self.content, self.scripted, self.tap = content, None, None
         self.flushes = 0
 
     def read(self, batch):

@@ -417,6 +417,13 @@ def test_what_all_can_hold_survives_every_format(found, name):
     assert [record[:5] for record in again] == [record[:5] if keeps else (*record[:4], None) for record in found]
 
 
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_what_we_write_is_known_again_whatever_the_device_is_called(name):
+    out = io.BytesIO()
+    convert([Record(0, "read", 0, 4096, 1000, device="5b4d0c8e-a disk"), Record(1, "read", 0, 4096, 1000, device="7")], name, out)
+    assert detect(out.getvalue()) == name and len(records(out.getvalue(), name)) == (1 if name == "simsr" else 2)
+
+
 anything = st.builds(
     Record,
     st.integers(0, 1 << 50),
@@ -428,6 +435,7 @@ anything = st.builds(
     st.booleans(),
     st.none() | st.integers(0, 4096),
     st.just(""),
+    st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=50),
 )
 
 
