@@ -17,11 +17,12 @@ __all__ = ["Figures", "legend_key"]
 WIDTH, LEFT, RIGHT = 1120, 72, 1106
 COLUMNS_MAX = 300
 _EVENT_ROWS = 3
+_DRAWN_MIN = 20
 _SHADES = 8
 
 
 class Figures:
-    """Of one report, as the API gives it."""
+    """Of one report, as the API gives it. ``drawn``: operations with requests enough for a picture; the others are in tables."""
 
     def __init__(self, report: dict[str, Any]) -> None:
         self._report = report
@@ -30,6 +31,8 @@ class Figures:
         count = len(self._line["depth"])
         self._length_s = max(report["duration_s"], self._bucket_s if count <= 1 else (count - 1) * self._bucket_s, 1e-3)
         self._order = list(dict.fromkeys(line["op"] for line in report["operations"]))
+        counts = {line["op"]: line["count"] for line in report["operations"] if line["phase"] is None}
+        self.drawn = [op for op, count in counts.items() if count >= _DRAWN_MIN] or list(counts)
         self.shade = {op: number % _SHADES for number, op in enumerate(self._order)}
 
     def _x(self, at_s: float) -> float:
@@ -124,10 +127,11 @@ class Figures:
         parts = [self._value_axis(scale)]
         parts += [f'<path class="h{level}" d="{"".join(path)}"/>' for level, path in enumerate(paths) if path]
         parts.append(self._borders(top, bottom))
+        lines = latency["percentiles"][op]
+        gap_max = max(4 * (lines[0][1] - lines[0][0]), len(self._line["depth"]) // 40)  # beyond it nothing was answered in between
         for column, kind in ((3, "mark dash"), (2, "mark")):
-            lines = latency["percentiles"][op]
             points = [(self._x((line[0] + line[1]) / 2 * self._bucket_s), scale(max(line[column], low)), line[0]) for line in lines]
-            parts.append(f'<path class="curve thin {kind}" d="{_broken_line(points, self._gap_max(points))}"/>')
+            parts.append(f'<path class="curve thin {kind}" d="{_broken_line(points, gap_max)}"/>')
         parts += [self._frame(top, bottom), self._time_axis(bottom)]
         return self._svg(bottom + 22, f"Latency of {op} over time", parts)
 
@@ -149,31 +153,30 @@ class Figures:
             f"<span>{number(most)} requests in {seconds(group * self._bucket_s)}</span>" + "".join(legend_key(kind, what) for kind, what in lines)
         )
 
-    def _gap_max(self, points: Sequence[tuple[float, float, int]]) -> int:
-        """Points farther apart than this are not joined: nothing was answered in between."""
-        steps = sorted(after[2] - before[2] for before, after in zip(points, points[1:]))
-        usual = steps[len(steps) // 2] if steps else 1
-        return max(3 * usual, len(self._line["depth"]) // 50)
-
     def throughput(self) -> str:
         return self._curves(
-            {op: self._rates(values) for op, values in self._line["bytes"].items()}, lambda value: f"{size(value)}/s", "Bytes a second", 1 << 20
+            {op: self._rates(values) for op, values in self._line["bytes"].items()},
+            lambda value: f"{size(value)}/s",
+            "Bytes a second",
+            is_bytes=True,
         )
 
     def requests(self) -> str:
-        return self._curves({op: self._rates(values) for op, values in self._line["requests"].items()}, number, "Requests a second")
+        series = {op: self._rates(values) for op, values in self._line["requests"].items() if op in self.drawn}
+        return self._curves(series, number, "Requests a second")
 
     def _rates(self, values: Sequence[int]) -> list[float]:
-        """A second; stretches are put together until each has enough of them to be a rate, and the figure no more than it can show."""
+        """A second; stretches are put together until there are no more than a curve can show."""
         group = -(-len(values) // 150)
         sums = [sum(values[at : at + group]) for at in range(0, len(values), group)]
-        lengths = [min(self._bucket_s * group, max(self._length_s - at * group * self._bucket_s, self._bucket_s)) for at in range(len(sums))]
+        whole_s = self._bucket_s * group
+        lengths = [min(whole_s, max(self._length_s - at * whole_s, self._bucket_s)) for at in range(len(sums))]
         return [total / length for total, length in zip(sums, lengths)]
 
-    def _curves(self, series: dict[str, list[float]], write: Callable[[float], str], title: str, unit: int = 1) -> str:
+    def _curves(self, series: dict[str, list[float]], write: Callable[[float], str], title: str, is_bytes: bool = False) -> str:
         top, bottom = 8.0, 148.0
         most = max((max(values, default=0) for values in series.values()), default=0)
-        if unit == 1 or not most:
+        if not is_bytes or not most:
             scale = Linear(most, bottom, top, write)
         else:
             factor = 1024 ** next(power for power in range(5) if most < 1024 ** (power + 1) or power == 4)
@@ -238,7 +241,7 @@ class Figures:
 
     def percentiles(self) -> str:
         """Latency that a share of the requests did not exceed; the share grows by nines."""
-        lines = [line for line in self._report["operations"] if line["phase"] is None and line["count"] > 1 and len(line["quantiles"]) > 1]
+        lines = [line for line in self._report["operations"] if line["phase"] is None and line["op"] in self.drawn and len(line["quantiles"]) > 1]
         if not lines:
             return ""
         top, bottom = 8.0, 268.0
@@ -252,7 +255,8 @@ class Figures:
             return LEFT + (RIGHT - 60 - LEFT) * min(_nines(share) / nines, 1.0)
 
         parts = [self._value_axis(scale)]
-        for share, text in ((0, "0"), (0.5, "50 %"), (0.9, "90 %"), (0.99, "99 %"), (0.999, "99.9 %"), (0.9999, "99.99 %"), (0.99999, "99.999 %")):
+        for share in (0, 0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999):
+            text = f"{100 * share:g} %" if share else "0"
             if _nines(share) <= nines:
                 x = x_of(share)
                 parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}"/>')
@@ -264,7 +268,8 @@ class Figures:
             parts.append(f'<path class="curve s{shade}" d="M{path}"/>')
             for (x, y), (share, value) in zip(points, line["quantiles"]):
                 name = "slowest" if share == 1 else f"{100 * share:g} %"
-                parts.append(f'<circle class="f{shade}" cx="{x:.1f}" cy="{y:.1f}" r="3"><title>{safe(line["op"])} {name}: {seconds(value)}</title></circle>')
+                title = f"<title>{safe(line['op'])} {name}: {seconds(value)}</title>"
+                parts.append(f'<circle class="f{shade}" cx="{x:.1f}" cy="{y:.1f}" r="3">{title}</circle>')
         parts.append(f'<text x="{RIGHT - 24}" y="{bottom + 17}" text-anchor="middle">slowest</text>')
         parts.append(self._frame(top, bottom))
         return self._svg(bottom + 22, "Latency percentiles", parts)

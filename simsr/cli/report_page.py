@@ -106,7 +106,7 @@ def _timeline_note(report: dict[str, Any]) -> str:
 
 
 def _pictures(report: dict[str, Any], figures: Figures) -> Iterable[str]:
-    ops = [line["op"] for line in report["operations"] if line["phase"] is None]
+    ops = figures.drawn
     maps = [
         f'<h3>{safe(op)}</h3><div class="legend">{figures.heat_legend(op)}</div>{figures.heat(op)}'
         for op in ops
@@ -127,14 +127,16 @@ def _pictures(report: dict[str, Any], figures: Figures) -> Iterable[str]:
         "Most requests at a time, of all disks together.",
     )
     if report["timeline"]["hits"] or any(report["timeline"]["errors"]):
-        yield _section("Rule hits", figures.strips(), "The darker, the more often.")
+        yield _section("Rule hits", figures.strips(), "The stronger the colour, the more often.")
 
 
 def _table(headings: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]], words: int = 1) -> str:
     """``rows``: (class, cells), the cells already safe; the first ``words`` columns are text."""
     head = "".join(f"<th{_words(at, words)}>{heading}</th>" for at, heading in enumerate(headings))
     lines = [
-        f"<tr{f' class={kind}' if kind else ''}>" + "".join(f"<td{_words(at, words)}>{cell}</td>" for at, cell in enumerate(cells)) + "</tr>"
+        f"<tr{f' class={kind}' if kind else ''}>"
+        + "".join(f"<td{_words(at, words)}>{cell}</td>" for at, cell in enumerate(cells))
+        + "</tr>"
         for kind, cells in rows
     ]
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'

@@ -28,10 +28,11 @@ HOSTILE = "<script>alert('x')</script>\"&\u202e\x1b]0;"
 EVIL = '<img src="http://example.com/a" onload="b()">'
 
 
-def sample(seed=1, scenario_text="", length_s=60, requests=4000, name="disk"):
+def sample(seed=1, length_s=60, requests=4000, name="disk"):
     """A report of a made-up run: a good phase, one in which everything hangs, and one that is slow."""
     text = 'simsr = 1\nname = "sample"\nabout = "A sample."\nseed = 5\n' + (
-        scenario_text or '[[expect]]\nthat = "client.errors == 0"\n[[expect]]\nthat = "gap(\'write\').max < 30s"\n[[expect]]\nthat = "vdi.uuid unchanged"\n'
+        '[[expect]]\nthat = "client.errors == 0"\n[[expect]]\nthat = "gap(\'write\').max < 30s"\n'
+        '[[expect]]\nthat = "vdi.uuid unchanged"\n'
     )
     draw, recorder = random.Random(seed), Recorder(100 * S)
     meter, pieces = recorder.meter("uuid-1"), []
