@@ -3,8 +3,8 @@
 The faces (NBD, FUSE) call `read`, `write` and `flush` instead of the disk's own methods while the disk is
 scripted, and `meet` before others; each may wait as long as the plan says, and raises an OSError to answer with, or `Dropped`.
 
-A delay counts from when the request came, and the disk's own time is part of it: the request is carried out a little before it is due,
-as much as the last ones took.
+A delay counts from when the request came until its answer is there, and the disk's own time is part of it: the request is carried out a little
+before it is due, as long as the alarm has learned that it takes.
 """
 
 from __future__ import annotations
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from simsr.daemon.scenario_run import ScenarioRun
 
 __all__ = ["ScriptedDisk", "UnderWay", "Measured"]
-
-_LEAD_MAX_NS = 1_000_000
 
 
 class UnderWay:
@@ -77,7 +75,6 @@ class ScriptedDisk:
     def __init__(self, run: ScenarioRun, vdi: str, disk: Disk | None, rules: DiskRules, cache: WriteCache, lock: trio.Lock) -> None:
         self._run, self._vdi, self._disk, self._rules, self._cache, self._lock = run, vdi, disk, rules, cache, lock
         self._meter = run.recorder.meter(vdi)
-        self._lead_ns = 0
         self.client = ""
 
     # What faces call.
@@ -88,13 +85,12 @@ class ScriptedDisk:
             return await self._read(offset, length)
 
     async def _read(self, offset: int, length: int) -> bytearray:
-        plan = await self.until_due(Request("read", offset, length, client=self.client))
+        plan, due_ns = await self._until_due(Request("read", offset, length, client=self.client))
         overlay, effects = self._rules.overlay, plan.effects
-        began = current_ns()
         data = await read(self._disk, overlay.source(offset, effects), length)
         if effects or not overlay.is_quiet:
             overlay.show(offset, memoryview(data), current_ns(), effects)
-        self._took(began)
+        self._run.alarm.learn("read", due_ns)
         return data
 
     async def write(self, op: str, offset: int, length: int, payload: bytes | bytearray | None, fua: bool) -> None:
@@ -103,8 +99,7 @@ class ScriptedDisk:
             await self._write(op, offset, length, payload, fua)
 
     async def _write(self, op: str, offset: int, length: int, payload: bytes | bytearray | None, fua: bool) -> None:
-        plan = await self.until_due(Request(op, offset, length, fua, client=self.client))
-        began = current_ns()
+        plan, due_ns = await self._until_due(Request(op, offset, length, fua, client=self.client))
         if op == "trim":
             start, end = -(-offset // 4096) * 4096, (offset + length) // 4096 * 4096
             offset, length = start, max(0, end - start)
@@ -119,7 +114,7 @@ class ScriptedDisk:
         if stable:
             await flush(self._disk)
         self._cache.promises.wrote({effect.kind for effect in effects}, stable)
-        self._took(began)
+        self._run.alarm.learn(op, due_ns)
 
     async def _write_noted(
         self, offset: int, length: int, view: memoryview | None, effects: Sequence[Effect], fua: bool
@@ -149,8 +144,7 @@ class ScriptedDisk:
 
     async def _flush_planned(self) -> None:
         promise = self._cache.promises.mark(self._cache.mark())
-        plan = await self.until_due(Request("flush", client=self.client))
-        began = current_ns()
+        plan, due_ns = await self._until_due(Request("flush", client=self.client))
         if not any(effect.kind == "lose" for effect in plan.effects):
             mark, log = self._cache.mark(), self._cache.log
             log_mark = log.mark() if log is not None else 0
@@ -159,7 +153,7 @@ class ScriptedDisk:
             if log is not None:
                 log.flushed(log_mark)
         self._cache.promises.flushed(promise)
-        self._took(began)
+        self._run.alarm.learn("flush", due_ns)
 
     async def meet(self, op: str, offset: int = 0, length: int = 0) -> None:
         """For what is carried out elsewhere: extents, open, close. Raises OSError, `Dropped`."""
@@ -175,6 +169,10 @@ class ScriptedDisk:
 
     async def until_due(self, request: Request) -> Plan:
         """Decide, hang, wait. Raises OSError and `Dropped` as the plan says; one that comes back is to be carried out."""
+        return (await self._until_due(request))[0]
+
+    async def _until_due(self, request: Request) -> tuple[Plan, int]:
+        """The plan, and when its answer is to be there; 0: at once."""
         run, now = self._run, current_ns()
         state = UnderWay(self._vdi, run.path_of(self._rules, now))
         plan = self._rules.decide(request, now)
@@ -183,21 +181,22 @@ class ScriptedDisk:
             self._meter.fired(plan.rules, now)
         if plan.hang is None and not plan.delay_ns:
             self._refuse(plan, plan.error)
-            return plan
+            return plan, 0
         with run.watching(state):
             if plan.hang is not None:
                 await self._park(state, plan, plan.hang)
                 now = current_ns()
-            due = now + plan.delay_ns - (0 if plan.error else self._lead_ns)
-            if due > current_ns():
-                await run.alarm.wait(state.event, due)
+            due_ns = now + plan.delay_ns
+            wake_ns = due_ns - (0 if plan.error else run.alarm.lead_ns(request.op))
+            if waits := wake_ns > current_ns():
+                await run.alarm.wait(state.event, wake_ns)
             while state.hang is not None:
                 rule, state.hang, state.event = state.hang, None, trio.Event()
                 await self._park(state, plan, Hang(rule))
             if state.dropped:
                 raise Dropped(None)
             self._refuse(plan, state.error or plan.error)
-        return plan
+        return plan, due_ns if waits else 0
 
     async def _park(self, state: UnderWay, plan: Plan, hang: Hang) -> None:
         state.parked_by = hang.rule
@@ -224,8 +223,3 @@ class ScriptedDisk:
             raise Dropped(failure)
         if failure is not None:
             raise failure
-
-    def _took(self, began_ns: int) -> None:
-        """Remember how long the disk itself took."""
-        took_ns = min(current_ns() - began_ns, _LEAD_MAX_NS)
-        self._lead_ns += (took_ns - self._lead_ns) // 8
