@@ -393,8 +393,9 @@ class ScenarioRun:
         await self._store(attached.vdi, pieces)
 
     def statistics(self) -> dict[str, Any]:
+        shown = self.engine.statistics()
         return {
-            **self.engine.statistics(),
+            **shown,
             "age_s": (current_ns() - self.began_ns) / 1e9,
             "is_over": self.engine.is_over,
             "hung": self.recorder.hanging,
@@ -402,7 +403,7 @@ class ScenarioRun:
             "power_cuts": self.cuts,
             "replays": self.loads.statistics(),
             "notes": self.notes[-100:],
-            "expectations": outcomes_of(self.engine.scenario, self._seen(self.recorder, self.engine.statistics()["rules"])),
+            "expectations": outcomes_of(self.engine.scenario, self._seen(self.recorder, shown["rules"])),
         }
 
     def _seen(self, recorder: Recorder, rules: list[dict[str, Any]]) -> Seen:
