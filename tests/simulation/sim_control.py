@@ -109,7 +109,6 @@ class Administrator:
         world.note(f"{self._name}: {op}: {'done' if error is None else f'{type(error).__name__}: {error}'}")
         if isinstance(error, StoreStopped):
             world.stopped()  # it may have happened: what is in the log decides
-            world.disks[op.uuids[0]].reverting = "error"
             await trio.sleep_forever()
         world.ops.remove(op)
         world.changed[op.family] = end

@@ -191,7 +191,8 @@ class World:
                     self._crash("stop", survivors, everything)
                 await self._load(rng)
         if ending == "stop":
-            survivors.append(self.root.survivor(partial(self._survive, "kill" if rng.random() < 0.5 else "cut")))
+            flushed = not self.is_broken  # a store that has stopped does not flush when it ends
+            survivors.append(self.root.survivor(partial(self._survive, "cut" if flushed and rng.random() < 0.5 else "kill")))
         self.root = survivors[0]
 
     async def _load(self, rng: random.Random) -> None:
