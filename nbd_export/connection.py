@@ -201,7 +201,8 @@ class Connection:
         if now - channel.turn_began_ns > _TURN_MAX_NS:
             await trio.lowlevel.checkpoint()
             channel.turn_began_ns = now = channel.now_ns()
-        may_spin = self._server.may_spin(self, now) and not self._flushes  # whose end would go unnoticed meanwhile
+        waited_for = self._flushes or self._scripted.under_way  # whose end would go unnoticed meanwhile
+        may_spin = self._server.may_spin(self, now) and not waited_for
         deadline = now + self._spin_ns if may_spin else 0
         while True:
             try:
@@ -321,6 +322,9 @@ class Connection:
                 await self._channel.send(self._failure(request, self._failed.pop(request.cookie)))
             else:
                 await self._scripted.start(self._nursery, self._with_real_length(request))
+        for _ in range(2):  # after two rounds of the loop what need not wait is answered, and looking for more holds nobody up
+            if self._scripted.under_way:
+                await trio.lowlevel.checkpoint()
         return True
 
     def _problem(self, request: Request) -> tuple[int, str] | None:

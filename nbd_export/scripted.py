@@ -46,6 +46,11 @@ class ScriptedRequests:
         self._requests = self._bytes = 0
         self._less = trio.Event()
 
+    @property
+    def under_way(self) -> int:
+        """How many requests are not answered yet."""
+        return self._requests
+
     async def start(self, nursery: trio.Nursery, request: Request) -> None:
         """Begin with one request that is in order; waits while too many are under way."""
         self._scripted = self._disk.scripted or self._scripted  # a scenario that has just ended answers what it has begun

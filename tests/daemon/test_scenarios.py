@@ -12,6 +12,10 @@ import nbd
 import pytest
 from daemon_tools import Simsrd, short_directory
 
+from scenarios.request import Request
+from scenarios.traces import Record, convert
+from scenarios.traces.workload import payload
+
 MIB = 1 << 20
 
 
@@ -251,3 +255,46 @@ def test_the_dead_man_lets_go_when_who_holds_the_scenario_is_gone(api, vdi, shar
         held.kill()
         while not client.aio_command_completed(hanging):
             assert client.poll(30_000) >= 0
+
+
+def test_a_load_on_a_disk_beside_its_clients(api, vdi, tmp_path):
+    """It writes what can be foretold, meets the rules of the disk, is measured, and ends with the scenario."""
+    found = [Record(number * 10_000_000, "write", number * 4096, 4096) for number in range(20)]
+    with open(tmp_path / "t.trace", "wb") as out:
+        convert(found, "simsr", out)
+    text = (
+        f'[[rule]]\nname = "load"\nmatch = {{ vdi = "{vdi["uuid"]}" }}\n'
+        '[rule.action.replay]\ntrace = "t.trace"\nas = "workload"\non = "disk"\n'
+        '[[rule]]\nname = "bad"\nmatch = { op = "write" }\ntrigger = { nth = 20 }\naction = { error = "ENOSPC" }\n'
+        "[[expect]]\nthat = \"replay.lag.p99 < 100s\"\n"
+    )
+    with connected(vdi) as client:
+        start(api, text, directory=str(tmp_path))
+        give_up = time.monotonic() + 60
+        while not ((loads := api.get("/v1/scenario").json()["replays"]) and loads[0]["is_over"]):
+            assert time.monotonic() < give_up
+            time.sleep(0.05)
+        (load,) = loads
+        assert (load["rule"], load["disk"], load["issued"], load["answered"]) == ("load", vdi["uuid"], 20, 19)
+        assert load["errors"] == {"No space left on device": 1} and "injected by bad" in load["first_error"]
+        written = b"".join(payload(Request("write", number * 4096, 4096), number + 1) for number in range(19))
+        assert client.pread(20 * 4096, 0) == written + bytes(4096)
+        while len(there := api.get(f"/v1/vdis/{vdi['uuid']}").json()["attached"]) > 1:
+            assert time.monotonic() < give_up, "the load lets go of the disk"
+        assert there[0]["kind"] == "nbd"
+
+
+def test_a_load_that_is_under_way_is_a_client_until_it_ends(api, vdi, tmp_path):
+    with open(tmp_path / "t.trace", "wb") as out:
+        convert([Record(number * 1_000_000_000, "read", 0, 4096) for number in range(1000)], "simsr", out)
+    text = '[[rule]]\nname = "load"\nmatch = {{ vdi = "{}" }}\n[rule.action.replay]\ntrace = "t.trace"\nas = "workload"\non = "disk"\n'
+    start(api, text.format(vdi["uuid"]), directory=str(tmp_path))
+    give_up = time.monotonic() + 60
+    while not (there := api.get(f"/v1/vdis/{vdi['uuid']}").json()["attached"]):
+        assert time.monotonic() < give_up
+    assert [(one["client"], one["kind"]) for one in there] == [("load of rule load", "replay")]
+    assert api.delete(f"/v1/vdis/{vdi['uuid']}").status_code == 409
+    assert api.delete("/v1/scenario").status_code == 200
+    while api.get(f"/v1/vdis/{vdi['uuid']}").json()["attached"]:
+        assert time.monotonic() < give_up
+    assert api.delete(f"/v1/vdis/{vdi['uuid']}").status_code == 204

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import errno
+import io
+import json
 import os
+import subprocess
 import threading
+from collections import Counter
 
+import httpx
 import pytest
 from fuse_kit import eventually
+
+from scenarios.traces import read
 
 
 @pytest.fixture
@@ -55,3 +62,31 @@ def test_a_disk_that_hangs_holds_up_no_other_and_no_listing(direct, faults):
     for thread in threads:
         thread.join(30)
     assert read == [bytes(4096)] * 3
+
+
+def test_what_is_asked_of_a_file_is_recorded(direct):
+    """fio on a file of the mount; what the daemon saw is what fio says that it did."""
+    vdi, path = direct.disk("recorded")
+    parts: list[bytes] = []
+
+    def fetch():
+        with httpx.Client(transport=httpx.HTTPTransport(uds=direct.socket), base_url="http://simsrd", timeout=60) as client:
+            with client.stream("POST", f"/v1/vdis/{vdi['uuid']}/record", json={}) as answer:
+                parts.extend(answer.iter_raw())
+
+    thread = threading.Thread(target=fetch)
+    thread.start()
+    eventually(lambda: parts)
+    job = ["--name=t", f"--filename={path}", "--rw=randrw", "--bs=4k", "--number_ios=200", "--randseed=7", "--fsync=50", "--size=512k"]
+    done = subprocess.run(["fio", *job, "--output-format=json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    state = direct.get(f"/v1/vdis/{vdi['uuid']}/record")
+    direct.delete(f"/v1/vdis/{vdi['uuid']}/record")
+    thread.join(30)
+    found = list(read(io.BytesIO(b"".join(parts)), "simsr"))
+    said = json.loads(done.stdout)["jobs"][0]
+    counts = Counter(one.op for one in found)
+    assert counts["read"] == said["read"]["total_ios"] and counts["write"] == said["write"]["total_ios"]
+    assert counts["flush"] >= 1 and state["lost"] == 0 and state["requests"] == len(found)
+    assert all(one.client.startswith("FUSE, pid") and one.latency_ns > 0 for one in found)
+    assert all(one.length == 4096 and one.offset < 512 << 10 for one in found if one.op != "flush")
