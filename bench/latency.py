@@ -8,9 +8,11 @@ what no program in user space can do much about.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -91,7 +93,10 @@ def main() -> int:
     if options.first:
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(20))  # the daemon inherits it
     runs = []
-    with ChildDaemon(short_temporary_directory("simsr-latency-")) as daemon:
+    root = short_temporary_directory("simsr-latency-")
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, root)
+        daemon = stack.enter_context(ChildDaemon(root))
         if options.first:
             os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(10))  # fio spins before its requests are due, and must not be in the way
         client = Client(daemon.socket)
