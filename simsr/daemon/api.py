@@ -274,7 +274,7 @@ def _changes(body: VdiUpdate, vdi: Vdi) -> dict[str, Any]:
     """What to change, with the merged sm_config: who merges here, in one step, loses nothing that another sets meanwhile."""
     changes = _given(body)
     if (merge := changes.pop("sm_config_merge", None)) is not None:
-        merged = {**changes.get("sm_config", vdi.volume.meta["sm_config"]), **merge}
+        merged = {**changes.get("sm_config", vdi.meta["sm_config"]), **merge}
         changes["sm_config"] = {key: value for key, value in merged.items() if value is not None}
     return changes
 

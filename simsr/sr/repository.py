@@ -215,6 +215,8 @@ class Repository:
         Raises `BadRequest`, `VdiInUse`, `WrongKind`.
         """
         self._refuse_if_gone(vdi)
+        if vdi.is_a_tip:
+            raise BadRequest(what=f"a change of the tip {vdi.uuid}", reason="pin it first, which makes a snapshot of it")
         on_boot = changes.pop("on_boot", vdi.on_boot)
         meta = self._changed(vdi.volume.meta, changes, _VDI_FIELDS)
         if on_boot != vdi.on_boot:

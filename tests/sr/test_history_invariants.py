@@ -277,6 +277,15 @@ def test_inv08_a_commit_is_undone_although_what_the_head_came_from_is_gone():
     check(sr)
 
 
+def test_the_metadata_of_a_tip_are_not_changed():
+    _, sr, disk, nodes = branchy()
+    fill(disk, 70)
+    go(sr, nodes["b"])
+    (tip, *_) = tips(sr, disk)
+    with unchanged(sr), pytest.raises(BadRequest, match="pin it"):
+        sr.update(tip, name="another")
+
+
 def test_inv08_a_new_operation_ends_redo_and_keeps_the_tip():
     _, sr, disk, nodes = branchy()
     go(sr, nodes["b"])
