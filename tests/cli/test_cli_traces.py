@@ -160,6 +160,9 @@ def test_a_recording_ends_with_its_disk_and_with_its_daemon(simsr, disk, recordi
         simsr("sr", "create", "main")
         simsr("vdi", "create", "--size", "1MiB", "--name", "one")
         end = recording("one", str(tmp_path / "u.trace"))
+        give_up = time.monotonic() + 30
+        while not (tmp_path / "u.trace").stat().st_size:
+            assert time.monotonic() < give_up
         other.process.kill()
         status, said = end(None)
         assert status == 4 and "u.trace" in said
