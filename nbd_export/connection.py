@@ -106,6 +106,8 @@ class Connection:
     def _prepare(self) -> None:
         negotiated, disk, channel = self._negotiated, self._disk, self._channel
         self._terms = disk.terms
+        if negotiated.is_tapdisk or not negotiated.structured_replies:  # for which Linux's client, alone among those that boot VMs, never asks
+            disk.client_kind = "tapdisk" if negotiated.is_tapdisk else "kernel"
         self._size_bytes = negotiated.export.size_bytes
         self._writable_bytes = 0 if negotiated.export.read_only else self._size_bytes
         if negotiated.extended_headers:

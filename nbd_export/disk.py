@@ -59,6 +59,8 @@ class Disk(Protocol):
     size_bytes: int
     terms: Terms
     scripted: Scripted | None
+    client_kind: str
+    """tapdisk, qemu or kernel, as well as the handshake tells them apart"""
     in_order: bool  # set by the connection when the client says that it is done
 
     def read(self, batch: Sequence[tuple[int, memoryview]]) -> list[int]:

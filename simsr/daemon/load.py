@@ -190,6 +190,7 @@ class ScratchDisk:
     """Takes everything and keeps nothing, as null_blk does: for loads that matter only for the limits that they share with others."""
 
     scripted = tap = None
+    client_kind = "qemu"
 
     def __init__(self, size_bytes: int) -> None:
         self.size_bytes = size_bytes

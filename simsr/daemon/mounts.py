@@ -120,6 +120,7 @@ class Mounts:
 
         on_write = partial(mounted.repository.written, vdi) if writable else None
         disk = Disk(mounted.engine, vdi.volume, on_detach, on_write=on_write)
+        disk.client_kind = "fuse"
         self._host.theatre.attach(vdi, disk, client)
         return disk
 

@@ -28,7 +28,7 @@ from scenarios.recorder import Recorder
 from scenarios.report import Recording, outcomes_of
 from scenarios.request import Order
 from scenarios.rules import matches_name
-from scenarios.schema import Scenario
+from scenarios.schema import Rule, Scenario
 from scenarios.write_cache import WriteCache, WriteLog
 from simsr.daemon.alarm import Alarm, current_ns
 from simsr.daemon.engine import Disk
@@ -326,12 +326,15 @@ class ScenarioRun:
 
     # Live commands.
 
-    def add_rule(self, data: dict[str, Any], name: str | None) -> dict[str, Any]:
-        """Put a rule in force. Raises `BadScenario`, `BadRequest`."""
+    def read_rule(self, data: dict[str, Any], name: str | None) -> Rule:
+        """What `add_rule` puts in force. Blocks, for it reads traces. Raises `BadScenario`, `BadTrace`."""
         self._live_rules += 1
         rule = load_rule({**data, **({"name": name} if name else {})}, f"live-{self._live_rules}", self._files.times, self.engine.scenario)
-        if rule.action.replay is not None:
-            self._files.path_of(rule.action.replay.trace)
+        self._files.prepare_rule(rule)
+        return rule
+
+    def add_rule(self, rule: Rule) -> dict[str, Any]:
+        """Put a rule in force. Raises `BadRequest`."""
         if rule.action.power_cut is not None:
             self._remember_writes()
         decided = self.engine.add_rule(rule, current_ns())

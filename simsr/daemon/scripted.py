@@ -75,7 +75,11 @@ class ScriptedDisk:
     def __init__(self, run: ScenarioRun, vdi: str, disk: Disk | None, rules: DiskRules, cache: WriteCache, lock: trio.Lock) -> None:
         self._run, self._vdi, self._disk, self._rules, self._cache, self._lock = run, vdi, disk, rules, cache, lock
         self._meter = run.recorder.meter(vdi)
-        self.client = ""
+
+    @property
+    def client(self) -> str:
+        """The kind of client, as rules name it (`scenarios.clients`)."""
+        return self._disk.client_kind if self._disk is not None else ""
 
     # What faces call.
 

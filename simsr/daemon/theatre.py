@@ -168,7 +168,7 @@ class Theatre:
         if play is None:
             play = await self._begin(Scenario(simsr=1, name=LIVE), None, TraceFiles(None))
         try:
-            return play.add_rule(data, name)
+            return play.add_rule(await threads.run_sync(play.read_rule, data, name))
         except BaseException:
             if began:
                 self.stop()

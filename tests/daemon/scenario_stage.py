@@ -21,7 +21,7 @@ class RamDisk:
     """A disk of the daemon, in memory. ``durable`` is what a flush has made so."""
 
     def __init__(self, content: bytearray) -> None:
-        self.content, self.scripted, self.tap = content, None, None
+        self.content, self.scripted, self.tap, self.client_kind = content, None, None, "qemu"
         self.flushes = 0
 
     def read(self, batch):

@@ -250,7 +250,7 @@ class TestPowerCut:
         async with stage("") as here:
             assert here["one"] is None
             rule = {"match": {"op": ["flush"]}, "trigger": {"nth": 2}, "action": {"power_cut": {"keep": "none"}}}
-            assert here.play.add_rule(rule, "now")["rule"] == "now"
+            assert here.play.add_rule(here.play.read_rule(rule, "now"))["rule"] == "now"
             disk = here["one"]
             await disk.write("write", 0, 512, b"a" * 512, False)
             await disk.flush()
@@ -263,7 +263,7 @@ class TestPowerCut:
 
 async def test_live_rules_have_names_and_go(autojump_clock):
     async with stage("") as here:
-        first = here.play.add_rule({"action": {"error": "EIO"}, "match": {"op": "read"}}, None)
+        first = here.play.add_rule(here.play.read_rule({"action": {"error": "EIO"}, "match": {"op": "read"}}, None))
         assert first["rule"] == "live-1"
         with pytest.raises(OSError):
             await here["one"].read(0, 512)

@@ -162,6 +162,21 @@ def test_a_power_cut_loses_what_was_not_flushed(api, vdi):
         assert client.pread(12288, 0) == b"f" * 4096 + bytes(8192)
 
 
+@pytest.mark.parametrize("kind", ["qemu", "kernel"])
+def test_rules_for_a_kind_of_client(api, vdi, kind):
+    add(api, "picky", match={"op": "read", "vdi": vdi["uuid"], "client": [kind]}, action={"error": "EIO"})
+    for structured in (True, False):
+        handle = nbd.NBD()
+        handle.set_request_structured_replies(structured)
+        handle.connect_uri(vdi["nbd_uri"])
+        if structured == (kind == "qemu"):
+            with pytest.raises(nbd.Error):
+                handle.pread(512, 0)
+        else:
+            assert handle.pread(512, 0) == bytes(512)
+        handle.shutdown()
+
+
 class TestControlPlane:
     def test_operations_are_late_and_fail_with_the_fault_that_fits(self, api, vdi):
         add(api, "full", match={"op": "snapshot"}, trigger={"nth": 1}, action={"error": "ENOSPC"})
