@@ -122,7 +122,7 @@ WRONG = {
     "array": ["5", "{}", '"a"', "[]", "[1, 2]", '["a"]', '["a", null]', r'["a", "\ud800"]'],
 }  # as JSON, because Python's own types cannot say all of it
 RIGHT = {("sm_config_merge", '{"a": null}'), ("expected", '{"a": 1}'), ("allow", "[]"), ("tips_max", "0"), ("tips_hours", "0"), ("live_ms", "0")}
-RIGHT |= {(name, "0") for name in ("connections_max", "bytes_s", "requests_s")}
+RIGHT |= {(name, "0") for name in ("connections_max", "bytes_s", "requests_s", "seed")}
 
 
 def test_every_field_of_every_body_is_checked(api):

@@ -13,7 +13,7 @@ import pytest
 from sim_machine import Failure
 from simulate import Summary, kept_seeds, play
 
-SECONDS = 35
+SECONDS = 25
 """How long fresh seeds are played in the suite; `script/simulate` plays more."""
 
 FIRST = 1_000_000
