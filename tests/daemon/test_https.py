@@ -54,9 +54,9 @@ class Remote:
     def raw(self, data):
         """What is answered to ``data`` until the daemon hangs up."""
         with socket.create_connection(("127.0.0.1", self.port), 20) as plain, self.context.wrap_socket(plain, server_hostname="127.0.0.1") as secure:
+            answer = b""
             try:
-                secure.sendall(data)
-                answer = b""
+                secure.sendall(data)  # which fails when the daemon has heard enough
                 while piece := secure.recv(65536):
                     answer += piece
             except (ConnectionError, ssl.SSLError):
