@@ -228,6 +228,20 @@ class AmbiguousTip(Ambiguous):
     hint = "Name the tip to follow; 'simsr tree' shows what each hangs from."
 
 
+class NoTip(NotFound):
+    """{name} has no tip to follow"""
+
+    exit_code = 64
+    hint = "'simsr tree' shows the tips, and which node each hangs from."
+
+
+class NoVmSnapshots(NotFound):
+    """no snapshots of VM {name} are known"""
+
+    exit_code = 65
+    hint = "xapi's plug-in says of which VM it takes snapshots; by hand: 'simsr snapshot DISK... --group vm:UUID'."
+
+
 class TipExpired(SimsrError):
     """what {operation} of VDI {uuid} would go back to is not kept any more"""
 

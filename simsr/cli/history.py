@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Callable
 from enum import Enum
 from typing import Annotated, Any, Optional
+from urllib.parse import quote
 
 import typer
 
@@ -30,7 +31,7 @@ class Live(str, Enum):
     ERROR = "error"
 
 
-Group = Annotated[bool, typer.Option("--group", help="All disks that were snapshotted, or reverted, together; all or none.")]
+Group = Annotated[bool, typer.Option("--group", help="All disks that were snapshotted, or reverted, together, or of vm:UUID; all or none.")]
 LiveOption = Annotated[Optional[Live], typer.Option("--live", help="Even if it is in use: its requests hang, or are cut off, or fail. For tests only.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would become of it, and change nothing.")]
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask, whatever goes.")]
@@ -44,7 +45,8 @@ def snapshot(
 ) -> None:
     """Take a snapshot and print its uuid.
 
-    The VDI may be in use meanwhile. With --group one line for each disk.
+    The VDI may be in use meanwhile. With --group one line for each disk; with vm:UUID among them the group is that VM's, and vm:UUID
+    alone means the disks of its last snapshot.
     """
     client: Client = context.obj.client
     checked = None if name is None else checked_text("name", name)
@@ -52,14 +54,21 @@ def snapshot(
         if len(vdis) > 1:
             raise typer.BadParameter("several disks are snapshotted together with --group", context)
         return print(client.post(client.vdi_path(vdis[0], "snapshot"), {"name": checked})["uuid"])
-    answer = client.post("/v1/snapshots", {"vdis": [checked_text("VDI name", vdi) for vdi in vdis], "name": checked})
+    disks = [checked_text("VDI name", vdi) for vdi in vdis if not _is_vm(vdi)]
+    vms = [vdi for vdi in vdis if _is_vm(vdi)]
+    if len(vms) > 1:
+        raise typer.BadParameter("a group is of one VM", context)
+    if vms:
+        answer = client.post(_vm_path(vms[0], "snapshot"), {"vdis": disks or None, "name": checked})
+    else:
+        answer = client.post("/v1/snapshots", {"vdis": disks, "name": checked})
     for one in answer["snapshots"]:
         print(one["uuid"])
 
 
 def revert(
     context: typer.Context,
-    references: Annotated[list[str], typer.Argument(metavar="[VDI] SNAP", help="The snapshot to go back to; with --follow the tip, or the disk.")],
+    references: Annotated[list[str], typer.Argument(metavar="[VDI] SNAP", help="The snapshot to go back to; with --follow the tip, or the disk; with --group also vm:UUID.")],
     follow: Annotated[bool, typer.Option("--follow", help="Go to the tip that is named, or the only one below what is named; it is used up.")] = False,
     commit: Annotated[bool, typer.Option("--commit", help="Leave the disk as it is, and make the snapshot what the disk is.")] = False,
     discard: Annotated[bool, typer.Option("--discard", help="And let go of the snapshot.")] = False,
@@ -80,10 +89,13 @@ def revert(
     if len(references) > 2 or (follow and commit):
         raise typer.BadParameter("one disk, one snapshot, one mode", context)
     mode = "follow" if follow else "commit" if commit else "reset"
-    options = {"discard": discard, "prune": prune, "group": group, "keep_size": keep_size}
+    of_vm = group and _is_vm(references[-1])
+    options = {"discard": discard, "prune": prune, "group": group and not of_vm, "keep_size": keep_size}
     body: dict[str, Any] = {key: True for key, value in options.items() if value}
     if mode != "reset":
         body["mode"] = mode
+    if len(references) == 2 and (of_vm or group and _is_vm(references[0])):
+        raise typer.BadParameter("name the VM, or one of its snapshots, not both", context)
     if len(references) == 2:
         body["target"] = client.get(client.vdi_path(references[0]))["uuid"]
 
@@ -98,7 +110,18 @@ def revert(
         say(f"VDI {called(vdi)} {done}.{resized}")
         _tell_others(answer)
 
-    _carry_out(client, client.vdi_path(references[-1], "revert"), body, live, dry_run, yes, as_json, tell)
+    path = _vm_path(references[-1], "revert") if of_vm else client.vdi_path(references[-1], "revert")
+    _carry_out(client, path, body, live, dry_run, yes, as_json, tell)
+
+
+def _is_vm(reference: str) -> bool:
+    """Whether that means a VM, as ``vm:UUID`` does where a group is wanted."""
+    return reference.startswith("vm:")
+
+
+def _vm_path(reference: str, what: str) -> str:
+    """The API's path for the disks of a VM."""
+    return f"/v1/vms/{quote(checked_text('VM', reference.removeprefix('vm:')), safe='')}/{what}"
 
 
 def undo(
@@ -128,7 +151,10 @@ def _take_back(
         _tell_others(answer)
 
     # What goes by undoing comes back by redoing, so there is nothing to ask.
-    _carry_out(client, client.vdi_path(vdi, what), {"group": True} if group else {}, live, dry_run, True, as_json, tell)
+    if group and _is_vm(vdi):
+        _carry_out(client, _vm_path(vdi, what), {}, live, dry_run, True, as_json, tell)
+    else:
+        _carry_out(client, client.vdi_path(vdi, what), {"group": True} if group else {}, live, dry_run, True, as_json, tell)
 
 
 def _carry_out(

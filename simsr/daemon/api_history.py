@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from simsr.daemon.host import Host, Mounted
 from simsr.daemon.reverting import Reverting
 from simsr.daemon.walks import Walks
-from simsr.errors import BadRequest
+from simsr.errors import BadRequest, NoVmSnapshots
 from simsr.sr.history import Reverted, Wish
 from simsr.sr.repository import GROUP_MAX, check_uuid
 from simsr.sr.tree import describe_tree
@@ -22,6 +22,7 @@ from simsr.sr.vdi import Vdi
 __all__ = ["history_router"]
 
 Reference = Annotated[str, AfterValidator(unquote)]
+VmUuid = Annotated[str, AfterValidator(check_uuid)]
 Text = Annotated[str, Field(max_length=4096)]
 Describe = Callable[[Host, Vdi], dict]
 
@@ -39,10 +40,16 @@ class Descend(Body):
 
 class Snapshot(Descend):
     group: Annotated[str, Field(min_length=1, max_length=256, description="snapshots with the same stamp can be reverted to together")] | None = None
+    vm: Annotated[str, AfterValidator(check_uuid), Field(description="uuid of the VM that snapshots with this stamp are of")] | None = None
 
 
 class GroupSnapshot(Body):
     vdis: Annotated[list[Text], Field(min_length=2, max_length=GROUP_MAX, description="disks of one SR")]
+    name: Text | None = None
+
+
+class VmSnapshot(Body):
+    vdis: Annotated[list[Text], Field(min_length=1, max_length=GROUP_MAX, description="disks of one SR; none: those of its last snapshot")] | None = None
     name: Text | None = None
 
 
@@ -54,7 +61,6 @@ class Pin(Body):
 class _Change(Body):
     """What every request has that changes what a disk is."""
 
-    group: bool = Field(False, description="all disks that were snapshotted, or reverted, together with it; all or none")
     live: Literal["hang", "disconnect", "error"] | None = Field(None, description="below clients that stay attached; for tests only")
     live_ms: Annotated[int, Field(ge=0, le=60_000, description="how long their requests wait or fail at least")] = 0
     dry_run: bool = Field(False, description="say what would become of it, and change nothing")
@@ -63,16 +69,24 @@ class _Change(Body):
     expected: dict[str, int] | None = Field(None, description="uuid -> gen; GroupChanged if the disk has another one by now")
 
 
-class Revert(_Change):
-    target: Text | None = Field(None, description="uuid of the disk, if not the one the snapshot was taken of")
+class VmRevert(_Change):
     mode: Literal["reset", "follow", "commit"] = "reset"
     discard: bool = Field(False, description="and the snapshot goes")
     prune: bool = Field(False, description="and the disk's snapshots and tips that descend from it go")
     keep_size: bool = Field(False, description="a disk that is larger than the snapshot stays so; the rest reads as zeros")
 
 
-class Undo(_Change):
+class Revert(VmRevert):
+    group: bool = Field(False, description="all disks that were snapshotted together with it; all or none")
+    target: Text | None = Field(None, description="uuid of the disk, if not the one the snapshot was taken of")
+
+
+class VmUndo(_Change):
     pass
+
+
+class Undo(_Change):
+    group: bool = Field(False, description="all disks that were reverted together with it; all or none")
 
 
 class GoingOut(BaseModel):
@@ -145,6 +159,7 @@ def history_router(host: Host, walks: Walks, vdi_out: type[BaseModel], describe:
     """The routes, for one host. ``describe`` gives what a ``vdi_out`` holds."""
     router = APIRouter()
     _add_making(router, host, vdi_out, describe)
+    _add_making_of_groups(router, host, vdi_out, describe)
     _add_reverting(router, host, walks, describe)
     _add_looking(router, host, vdi_out, describe)
     return router
@@ -157,10 +172,6 @@ def _refuse_taken(host: Host, body: Descend | None) -> dict[str, Any]:
 
 
 def _add_making(router: APIRouter, host: Host, vdi_out: type[BaseModel], describe: Describe) -> None:
-    class GroupOut(BaseModel):
-        group: str
-        snapshots: list[vdi_out]
-
     @router.post("/v1/vdis/{vdi}/snapshot", response_model=vdi_out, status_code=201)
     async def snapshot(vdi: Reference, response: Response, body: Snapshot | None = None) -> dict:
         """Keep the content of a VDI as it is now, attached or not."""
@@ -170,19 +181,6 @@ def _add_making(router: APIRouter, host: Host, vdi_out: type[BaseModel], describ
         await mounted.engine.flush()
         _timed(response, began)
         return describe(host, new)
-
-    @router.post("/v1/snapshots", response_model=GroupOut, status_code=201)
-    async def snapshot_group(body: GroupSnapshot, response: Response) -> dict:
-        """Snapshot several disks of one SR at one moment: all or none."""
-        began = trio.current_time()
-        found = [host.find_vdi(reference) for reference in body.vdis]
-        mounted = found[0][0]
-        if any(other is not mounted for other, _ in found):
-            raise BadRequest(what="the group", reason="its disks are in different SRs, which have no moment in common")
-        new = mounted.repository.snapshot_group([vdi for _, vdi in found], name=body.name)
-        await mounted.engine.flush()
-        _timed(response, began)
-        return {"group": new[0].meta["group"]["id"], "snapshots": [describe(host, one) for one in new]}
 
     @router.post("/v1/vdis/{vdi}/clone", response_model=vdi_out, status_code=201)
     async def clone(vdi: Reference, response: Response, body: Descend | None = None) -> dict:
@@ -194,6 +192,48 @@ def _add_making(router: APIRouter, host: Host, vdi_out: type[BaseModel], describ
         await mounted.engine.flush()
         _timed(response, began)
         return describe(host, new)
+
+
+def _add_making_of_groups(router: APIRouter, host: Host, vdi_out: type[BaseModel], describe: Describe) -> None:
+    class GroupOut(BaseModel):
+        group: str
+        snapshots: list[vdi_out]
+
+    async def take(found: list[tuple[Mounted, Vdi]], name: str | None, vm: str | None, response: Response) -> dict:
+        began, mounted = trio.current_time(), found[0][0]
+        if any(other is not mounted for other, _ in found):
+            raise BadRequest(what="the group", reason="its disks are in different SRs, which have no moment in common")
+        new = mounted.repository.snapshot_group([vdi for _, vdi in found], name=name, vm=vm)
+        await mounted.engine.flush()
+        _timed(response, began)
+        return {"group": new[0].meta["group"]["id"], "snapshots": [describe(host, one) for one in new]}
+
+    @router.post("/v1/snapshots", response_model=GroupOut, status_code=201)
+    async def snapshot_group(body: GroupSnapshot, response: Response) -> dict:
+        """Snapshot several disks of one SR at one moment: all or none."""
+        return await take([host.find_vdi(reference) for reference in body.vdis], body.name, None, response)
+
+    @router.post("/v1/vms/{vm}/snapshot", response_model=GroupOut, status_code=201)
+    async def snapshot_vm(vm: VmUuid, response: Response, body: VmSnapshot | None = None) -> dict:
+        """Snapshot the disks of a VM at one moment: all or none."""
+        body = body or VmSnapshot()
+        if body.vdis is not None:
+            found = [host.find_vdi(reference) for reference in body.vdis]
+        else:
+            mounted = _home(host, vm)
+            found = [(mounted, vdi) for vdi in mounted.repository.wishes.disks_of_vm(vm)]
+        return await take(found, body.name, vm, response)
+
+
+def _home(host: Host, vm: str) -> Mounted:
+    """The SR with the snapshots of a VM. Raises `NoVmSnapshots`; `BadRequest` if there are several."""
+    found = [mounted for mounted in host.mounted.values() if mounted.repository.wishes.of_vm(vm)]
+    if not found:
+        raise NoVmSnapshots(name=vm)
+    if len(found) > 1:
+        reason = "its disks are in different SRs, which have no moment in common; name a snapshot in each, with its group"
+        raise BadRequest(what=f"VM {vm}", reason=reason)
+    return found[0]
 
 
 def _add_reverting(router: APIRouter, host: Host, walks: Walks, describe: Describe) -> None:
@@ -234,15 +274,26 @@ def _add_reverting(router: APIRouter, host: Host, walks: Walks, describe: Descri
         if known := answered(vdi, body.mode, body):
             return known
         mounted, node = host.find_vdi(vdi)
-        options = {"discard": body.discard, "prune": body.prune, "keep_size": body.keep_size}
-        if not body.group:
-            target = None if body.target is None else check_uuid(body.target)
-            wishes = [mounted.repository.wishes.one(node, body.mode, target=target, **options)]
-            return await change(mounted, wishes[0].disk, wishes, body, response)
-        if body.target is not None:
-            raise BadRequest(what="target", reason="each disk of a group goes back to the snapshot that was taken of it")
-        wishes = mounted.repository.wishes.group(node, body.mode, **options)
+        if body.group:
+            if body.target is not None:
+                raise BadRequest(what="target", reason="each disk of a group goes back to the snapshot that was taken of it")
+            return await revert_group(mounted, node, body, response)
+        target = None if body.target is None else check_uuid(body.target)
+        wishes = [mounted.repository.wishes.one(node, body.mode, target=target, **_modifiers(body))]
+        return await change(mounted, wishes[0].disk, wishes, body, response)
+
+    async def revert_group(mounted: Mounted, node: Vdi, body: VmRevert, response: Response) -> dict:
+        wishes = mounted.repository.wishes.group(node, body.mode, **_modifiers(body))
         return await change(mounted, next(wish.disk for wish in wishes if wish.node is node), wishes, body, response)
+
+    @router.post("/v1/vms/{vm}/revert", response_model=ChangeOut)
+    async def revert_vm(vm: VmUuid, response: Response, body: VmRevert | None = None) -> dict:
+        """Take all disks of a VM back to its snapshots, if there is one group of them: all or none."""
+        body = body or VmRevert()
+        if known := answered(vm, body.mode, body):
+            return known
+        mounted = _home(host, vm)
+        return await revert_group(mounted, mounted.repository.wishes.only_group_of_vm(vm), body, response)
 
     def taking_back(mode: str) -> None:
         @router.post(f"/v1/vdis/{{vdi}}/{mode}", response_model=ChangeOut, name=mode)
@@ -258,8 +309,23 @@ def _add_reverting(router: APIRouter, host: Host, walks: Walks, describe: Descri
 
         take_back.__doc__ = f"{mode.capitalize()} what was done to a disk last: a revert in any mode, or an undo of one."
 
+        @router.post(f"/v1/vms/{{vm}}/{mode}", response_model=ChangeOut, name=f"{mode}_vm")
+        async def take_vm_back(vm: VmUuid, response: Response, body: VmUndo | None = None) -> dict:
+            body = body or VmUndo()
+            if known := answered(vm, mode, body):
+                return known
+            mounted = _home(host, vm)
+            wishes = mounted.repository.history.undo_wishes_of_vm(mounted.repository.wishes.disks_of_vm(vm), mode)
+            return await change(mounted, wishes[0].disk, wishes, body, response)
+
+        take_vm_back.__doc__ = f"{mode.capitalize()} what was done to the disks of a VM last, together or by one VM.revert of xapi."
+
     taking_back("undo")
     taking_back("redo")
+
+
+def _modifiers(body: VmRevert) -> dict[str, bool]:
+    return {"discard": body.discard, "prune": body.prune, "keep_size": body.keep_size}
 
 
 def _member(result: Reverted) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 from simsr.errors import BadRequest, GroupChanged, NotFound, NothingToUndo, ShrinkRefused, TipExpired, VdiExists, VdiInUse
 from simsr.sr import boot, cbt
@@ -39,6 +40,8 @@ UNDO, REDO = "undo", "redo"
 _OTHER = {UNDO: REDO, REDO: UNDO}
 _ANSWERS_KEPT = 4
 _NOTHING_KEPT = 256
+_PAUSE_MOST_S = 600.0
+"""Between the reverts of two disks by one VM.revert of xapi, which waits for plug-ins for minutes at most."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,34 @@ class History:
             reason = f"of {entry['n']} disks that were reverted together, {len(members)} are as that left them"
             raise GroupChanged(reason=reason)
         return [Wish(one, mode) for one in members]
+
+    def undo_wishes_of_vm(self, disks: Collection[Vdi], mode: str = UNDO) -> list[Wish]:
+        """The wishes to undo, or redo, what was last done to a VM with ``disks``.
+
+        xapi reverts the disks of a VM one by one, and stops at the first that fails. So what counts as one are last steps to snapshots of
+        one group with no long pause between them; disks that were not reverted this time stay as they are.
+
+        Raises `NothingToUndo`, `TipExpired`, `GroupChanged`.
+        """
+        steps = sorted(((disk.history[mode][-1], disk) for disk in disks if disk.history.get(mode)), key=lambda step: step[0]["t"])
+        if not steps:
+            for disk in disks:
+                _last(disk, mode)
+        last, disk = steps.pop()
+        if "g" in last or "s" not in last:
+            return self.undo_wishes(disk, mode, group=True)
+        wishes, time = [Wish(disk, mode)], _seconds(last["t"])
+        for entry, disk in reversed(steps):
+            if time - _seconds(entry["t"]) > _PAUSE_MOST_S:
+                break
+            if entry.get("s") == last["s"] and "g" not in entry:
+                wishes.append(Wish(disk, mode))
+                time = _seconds(entry["t"])
+        return wishes
+
+
+def _seconds(time: str) -> float:
+    return datetime.fromisoformat(time).timestamp()
 
 
 def _last(disk: Vdi, mode: str) -> dict:
@@ -278,7 +309,7 @@ class _Step:
         else:
             base = entry["base"] if change.exists(entry["base"]) else change.parent(node) if change.is_tip(node) else node
         back = [change.meta(ident)["uuid"] for ident in show]
-        inverse = {"m": entry["m"], "head": head, "show": hide, "hide": back, **{k: entry[k] for k in "gn" if k in entry}}
+        inverse = {"m": entry["m"], "head": head, "show": hide, "hide": back, **{k: entry[k] for k in "gns" if k in entry}}
         self._move_entry(mode, inverse, base, origin, is_open)
         if node is not None and change.is_tip(node) and not self._attached(node):
             self._keeper.remove_node(change, node)
@@ -382,6 +413,8 @@ class _Step:
         if self._keeper.on:
             history = self._change.meta(self._ident)["history"]
             line = {"m": self._wish.mode, "t": self._now, "base": self._disk.parent, "from": base, **entry, **self._together}
+            stamp = self._wish.node.meta.get("group") or {}
+            line |= {"s": stamp["id"]} if "vm" in stamp else {}
             history = {key: value for key, value in history.items() if key != "expired"}
             self._change.set(self._ident, history={**history, UNDO: [*history.get(UNDO, ()), _tidy(line)]})
 

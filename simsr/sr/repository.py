@@ -30,7 +30,7 @@ from simsr.sr.nbd_terms import NbdTerms
 from simsr.sr.space import cap_for, check_limit, describe_space
 from simsr.sr.tips import Keeper, check_tip_settings
 from simsr.sr.vdi import FUSE, FUSE_CACHED, JOB, VDI_TYPES, Attachment, Vdi
-from simsr.sr.wishes import Wishes
+from simsr.sr.wishes import Wishes, stamp_of
 from simsr.store.births import Births, FingerprintDiff
 from simsr.store.layout import BLOCK
 from simsr.store.store import SPARES_MIN, Resize, SetMeta, Store
@@ -255,23 +255,29 @@ class Repository:
 
     def snapshot(
         self, vdi: Vdi, *, uuid: str | None = None, name: str | None = None, description: str | None = None,
-        sm_config: dict[str, str] | None = None, group: str | None = None,
+        sm_config: dict[str, str] | None = None, group: str | None = None, vm: str | None = None,
     ) -> Vdi:  # fmt: skip
         """Keep the content of ``vdi`` as it is now, attached or not, in a VDI that never changes. O(1).
 
-        ``group``: a stamp; snapshots that carry the same one can be reverted to together.
+        ``group``: a stamp; snapshots that carry the same one can be reverted to together. ``vm``: the uuid of the VM they are of.
         """
         change = Change(self.store, self.catalogue)
-        stamp = None if group is None else {"id": check_text("group", group, 256)}
+        if vm is not None and group is None:
+            raise BadRequest(what="vm", reason="it belongs to a group, and there is none")
+        stamp = None if group is None else stamp_of(check_text("group", group, 256), vm)
         ident = self._snapshot(change, vdi, uuid, name, description, sm_config, stamp)
         change.commit()
         return self.catalogue.node(ident)
 
-    def snapshot_group(self, vdis: Sequence[Vdi], *, name: str | None = None) -> list[Vdi]:
-        """Snapshot several disks at one moment, in one record. Raises `BadRequest` if they are not two to 256 different ones."""
-        if len({vdi.uuid for vdi in vdis}) != len(vdis) or not 2 <= len(vdis) <= GROUP_MAX or any(vdi.is_a_snapshot for vdi in vdis):
-            raise BadRequest(what="the group", reason=f"it must be 2 to {GROUP_MAX} disks, each of them once")
-        change, stamp = Change(self.store, self.catalogue), {"id": self._new_uuid(), "n": len(vdis)}
+    def snapshot_group(self, vdis: Sequence[Vdi], *, name: str | None = None, vm: str | None = None) -> list[Vdi]:
+        """Snapshot several disks at one moment, in one record; with ``vm``, a uuid, those of a VM, which may have one only.
+
+        Raises `BadRequest` if they are not two to 256 different ones.
+        """
+        least = 2 if vm is None else 1
+        if len({vdi.uuid for vdi in vdis}) != len(vdis) or not least <= len(vdis) <= GROUP_MAX or any(vdi.is_a_snapshot for vdi in vdis):
+            raise BadRequest(what="the group", reason=f"it must be {least} to {GROUP_MAX} disks, each of them once")
+        change, stamp = Change(self.store, self.catalogue), stamp_of(self._new_uuid(), vm, len(vdis))
         idents = [self._snapshot(change, vdi, None, name, None, None, stamp) for vdi in vdis]
         change.commit()
         return [self.catalogue.node(ident) for ident in idents]

@@ -12,6 +12,7 @@ A step to undo, or to redo, is an entry in the metadata of the disk, the last on
     from        where head is None: the node that it descends from now, or, if it does not any more, base does not count; nor if base is gone
     show, hide  nodes that come back (volumes), and nodes that go (uuids: a tip that was used up comes back in another volume)
     g, n        the operation that it was a part of, and on how many disks
+    s           the stamp of the VM's snapshots that the disk was taken back to one of
 
 What ``show`` names is hidden, kept for this entry alone, and goes with it. Going back to an entry means passing all that are newer, so
 when something goes that an entry needs, the older ones go, too.

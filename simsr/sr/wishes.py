@@ -1,20 +1,25 @@
 """Which disks and nodes somebody means who says "revert this": one disk, or all that were snapshotted together.
 
 A group is snapshots that one operation took, or that carry the same stamp because whoever took them one by one said so (xapi's
-VM.snapshot). The stamp is in the metadata of each: ``{"id": text, "n": how many}``, ``n`` where it is known.
+VM.snapshot). The stamp is in the metadata of each: ``{"id": text, "n": how many, "vm": uuid}``, the latter two where they are known.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from simsr.errors import AmbiguousTip, BadRequest, GroupChanged, NotASnapshot, NotFound, SnapshotOfOther
+from simsr.errors import Ambiguous, AmbiguousTip, BadRequest, GroupChanged, NotASnapshot, NotFound, NoTip, NoVmSnapshots, SnapshotOfOther
 from simsr.sr import cbt
 from simsr.sr.catalogue import Catalogue
 from simsr.sr.history import COMMIT, FOLLOW, MODES, RESET, Wish
 from simsr.sr.vdi import Tip, Vdi
 
-__all__ = ["Wishes"]
+__all__ = ["Wishes", "stamp_of"]
+
+
+def stamp_of(group: str, vm: str | None = None, count: int | None = None) -> dict[str, object]:
+    """The stamp of ``count`` snapshots of VM ``vm``; None: not known."""
+    return {"id": group, **({} if vm is None else {"vm": vm}), **({} if count is None else {"n": count})}
 
 
 class Wishes:
@@ -65,7 +70,7 @@ class Wishes:
         base = node.volume.ident if node.is_a_snapshot else node.parent
         tips = [tip for tip in self._catalogue.tips_of.get(disk.uuid, {}).values() if tip.parent == base]
         if not tips:
-            raise NotFound(kind="tip", name=f"below {node.uuid}")
+            raise NoTip(name=f"{'snapshot' if node.is_a_snapshot else 'the node above the head of VDI'} {node.uuid}")
         if len(tips) > 1:
             candidates = ", ".join(f"{tip.uuid} ({tip.name})" for tip in tips)
             raise AmbiguousTip(name=f"{node.uuid} ({node.name})", kind="tip", candidates=candidates)
@@ -93,3 +98,27 @@ class Wishes:
     def members(self, stamp: str | None) -> Sequence[Vdi]:
         """The snapshots with that stamp."""
         return list(self._catalogue.groups.get(stamp, {}).values())
+
+    def of_vm(self, vm: str) -> list[list[Vdi]]:
+        """The groups of snapshots that were taken of a VM, the oldest first. O(groups)."""
+        groups = [list(members.values()) for members in self._catalogue.groups.values()]
+        found = [members for members in groups if members[0].meta["group"].get("vm") == vm]
+        return sorted(found, key=lambda members: (members[0].meta["snapshot_time"], members[0].volume.ident))
+
+    def only_group_of_vm(self, vm: str) -> Vdi:
+        """One of the only group of snapshots of a VM, for `group`. Raises `NoVmSnapshots`; `Ambiguous` if there are several."""
+        found = self.of_vm(vm)
+        if not found:
+            raise NoVmSnapshots(name=vm)
+        if len(found) > 1:
+            each = ", ".join(f"that of {members[0].uuid} ({members[0].meta['snapshot_time']})" for members in found)
+            raise Ambiguous(name=f"vm:{vm}", kind="group of snapshots", candidates=each)
+        return found[0][0]
+
+    def disks_of_vm(self, vm: str) -> list[Vdi]:
+        """The disks that snapshots were taken of for a VM and that are there still. Raises `NoVmSnapshots`."""
+        uuids = dict.fromkeys(member.snapshot_of for members in self.of_vm(vm) for member in members)
+        disks = [self._catalogue.vdis[uuid] for uuid in uuids if uuid in self._catalogue.vdis]
+        if not disks:
+            raise NoVmSnapshots(name=vm)
+        return disks

@@ -77,9 +77,10 @@ class FakeXapi(Model):
     def add_host(self, live=True):
         return self.add("host", metrics=self.add("host_metrics", live=live))
 
-    def add_vbd(self, vdi_ref, power_state="Halted"):
-        vbd = self.add("VBD", VM=self.add("VM", power_state=power_state), VDI=vdi_ref)
-        self.tables["VDI"][vdi_ref]["VBDs"].append(vbd)
+    def add_vbd(self, vdi_ref, power_state="Halted", is_control_domain=False):
+        vm = self.add("VM", uuid=str(uuid_module.uuid4()), power_state=power_state, is_control_domain=is_control_domain)
+        self.tables["VDI"][vdi_ref]["VBDs"].append(self.add("VBD", VM=vm, VDI=vdi_ref))
+        return vm
 
     def methods(self):
         return [method for method, _ in self.calls]

@@ -108,6 +108,28 @@ def test_snapshot(pool, xapi, daemon, disk):
     check_sr_sizes(xapi, daemon)
 
 
+def stamp_sent(pool, daemon, disk, **driver_params):
+    """What a snapshot told the daemon to stamp it with."""
+    pool.call("vdi_snapshot", vdi=disk, vdi_ref=disk.ref, driver_params=driver_params)
+    [body] = [document for method, target, document in daemon.writes() if target.endswith("/snapshot")][-1:]
+    return body
+
+
+def test_snapshots_of_one_vm_snapshot_carry_its_hint_and_the_vm(pool, xapi, daemon, disk):
+    hint = str(uuid.uuid4())
+    assert stamp_sent(pool, daemon, disk) == {}
+    assert stamp_sent(pool, daemon, disk, epochhint="x") == {}, "only what can be a stamp"
+    assert stamp_sent(pool, daemon, disk, epochhint=hint) == {"group": hint}
+    vm = xapi.add_vbd(disk.ref)
+    xapi.add_vbd(disk.ref, is_control_domain=True)
+    assert stamp_sent(pool, daemon, disk, epochhint=hint.upper()) == {"group": hint, "vm": xapi.tables["VM"][vm]["uuid"]}
+    xapi.failures["VBD.get_VM"] = ["HANDLE_INVALID", "VBD", "gone"]
+    assert stamp_sent(pool, daemon, disk, epochhint=hint) == {"group": hint}, "a snapshot can do without"
+    del xapi.failures["VBD.get_VM"]
+    xapi.add_vbd(disk.ref)
+    assert stamp_sent(pool, daemon, disk, epochhint=hint) == {"group": hint}, "a disk that VMs share is of none"
+
+
 def test_clone(pool, xapi, daemon, snapshot):
     row = row_of(xapi, pool.call("vdi_clone", vdi=snapshot, vdi_ref=snapshot.ref)["uuid"])
     assert (row["is_a_snapshot"], row["snapshot_of"], row["snapshot_time"].value) == (
