@@ -30,6 +30,7 @@ SR_NAME = "run"
 
 _SI_KERNEL = 0x80  # si_code of a signal that the terminal sent
 _FORWARDED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
+_LOOK_S = 0.5  # if another thread of this process swallows SIGCHLD between looking and waiting
 _IGNORED_BY_PYTHON = [signal.SIGPIPE, signal.SIGXFSZ]
 
 
@@ -153,7 +154,9 @@ def _run(command: list[str], environment: dict[str, str]) -> int:
             if ended:
                 code = os.waitstatus_to_exitcode(status)
                 return code if code >= 0 else 128 - code
-            received = signal.sigwaitinfo(watched)
+            received = signal.sigtimedwait(watched, _LOOK_S)
+            if received is None:
+                continue
             if received.si_signo != signal.SIGCHLD and received.si_code != _SI_KERNEL:
                 os.kill(child, received.si_signo)
     except OSError as error:

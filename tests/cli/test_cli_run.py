@@ -11,12 +11,13 @@ import os
 import signal
 import sys
 import termios
+import threading
 from pathlib import Path
 
 import pytest
 from cli_kit import processes, wait_until
 
-from simsr.cli import child_daemon, transfer
+from simsr.cli import captive, child_daemon, transfer
 
 SHOW_ENVIRONMENT = 'echo "$uri"; echo "$vdi"; echo "$SIMSR_SOCKET"'
 
@@ -207,3 +208,26 @@ def test_a_disk_that_cannot_be_made_stops_everything(simsr, temporary, monkeypat
     done = simsr("run", "--size", "1M", "--", "echo", "ran")
     assert (done.status, done.out) == (4, "")
     assert "simsrd cannot be reached at /nowhere" in done.err
+
+
+def test_the_end_of_the_command_is_seen_though_another_thread_takes_its_signal(monkeypatch):
+    """It ends between the look at it and the wait for SIGCHLD; a thread that does not block the signal gets it, and it is lost."""
+    looked, look = [], os.waitpid
+
+    def waitpid(child, options):
+        looked.append(child)
+        if len(looked) > 1:
+            return look(child, options)
+        os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+        wait_until(lambda: signal.SIGCHLD not in signal.sigpending())
+        return 0, 0
+
+    monkeypatch.setattr(captive.os, "waitpid", waitpid)
+    over = threading.Event()
+    other = threading.Thread(target=over.wait)
+    other.start()
+    try:
+        assert captive._run(["sh", "-c", "exit 7"], dict(os.environ)) == 7
+    finally:
+        over.set()
+        other.join()
