@@ -46,7 +46,7 @@ KILLS_PART = 0.85  # of the rounds end with SIGKILL, the others with SIGTERM
 GREEDY_PART = 0.25  # of the rounds the workers take all the space there is
 EXAMINED_PART = 0.3
 HONEST_PART = 0.6  # of the limit must be in use when there is "no space"
-JOIN_S = 90
+JOIN_S = 120
 _NOISE = re.compile(r"ERROR|Traceback|\bbug\b")
 _COUNTED = ("segments_cleaned", "blocks_moved", "map_nodes_evicted", "map_nodes_paged_in")
 

@@ -47,7 +47,7 @@ class Daemon:
 
     def __init__(self, control_socket: str, nbd_socket: str) -> None:
         self.nbd_socket = nbd_socket
-        self.api = httpx.Client(transport=httpx.HTTPTransport(uds=control_socket), base_url="http://simsrd", timeout=60)
+        self.api = httpx.Client(transport=httpx.HTTPTransport(uds=control_socket), base_url="http://simsrd", timeout=120)
 
     def ask(self, method: str, path: str, body: dict | None = None) -> httpx.Response:
         return self.api.request(method, path, json=body)

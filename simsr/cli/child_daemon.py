@@ -22,7 +22,7 @@ __all__ = ["ChildDaemon", "short_temporary_directory"]
 DAEMON = [sys.executable, "-P", "-m", "simsr.daemon.main"]
 READY_LINE = "simsrd: ready, control socket "
 START_TIMEOUT_S = 60.0
-STOP_TIMEOUT_S = 10.0
+STOP_TIMEOUT_S = 60.0
 
 LONGEST_ROOT = 60
 """A unix socket path has at most 107 characters, and ROOT/nbd/UUID.sock must fit."""

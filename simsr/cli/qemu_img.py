@@ -26,7 +26,7 @@ __all__ = ["image_info", "files_named_inside", "convert", "MANY_COROUTINES"]
 MANY_COROUTINES = ["-m", "8"]
 """Requests in flight while copying; more than 8 gain nothing over a unix socket."""
 
-STOP_TIMEOUT_S = 5.0
+STOP_TIMEOUT_S = 30.0
 
 _INTERRUPTS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 _PROGRESS = re.compile(rb"\((\d+\.\d+)/100%\)")

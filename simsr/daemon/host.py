@@ -55,9 +55,10 @@ _Result = TypeVar("_Result")
 TIPS_PERIOD_S = 60
 """How often tips are looked at that may have become too old."""
 
-DETACH_GRACE_S = 0.5
-"""How long an operation that needs a VDI unused waits for connections that are about to end: a client that has just closed its
-socket has, as far as its user can tell, let go of the disk."""
+DETACH_TURNS, DETACH_TURN_S = 100, 0.005
+"""How often, and how far apart, an operation that needs a VDI unused looks again for connections that are about to end: a client that has
+just closed its socket has, as far as its user can tell, let go of the disk. Counted, because time also passes while this process is not run,
+and nobody's end is noticed meanwhile."""
 
 
 @dataclass
@@ -288,15 +289,14 @@ class Host:
 
     async def when_unused(self, vdi: Vdi, operation: Callable[[], _Result], *others: Vdi) -> _Result:
         """Do ``operation``; if clients are attached to ``vdi`` or one of ``others``, give those that are leaving a moment to do so."""
-        deadline = trio.current_time() + DETACH_GRACE_S
-        while True:
+        for _ in range(DETACH_TURNS):
             try:
                 return operation()
             except VdiInUse:
-                leaving = all(attachment.kind != "attach" for one in (vdi, *others) for attachment in one.attachments.values())
-                if not leaving or trio.current_time() > deadline:
+                if any(attachment.kind == "attach" for one in (vdi, *others) for attachment in one.attachments.values()):
                     raise
-            await trio.sleep(0.005)
+            await trio.sleep(DETACH_TURN_S)
+        return operation()
 
     async def delete_vdi(self, mounted: Mounted, vdi: Vdi) -> None:
         await self.when_unused(vdi, lambda: mounted.repository.delete(vdi))

@@ -2,7 +2,7 @@
 
 Whoever can open the unix socket may do everything, so it needs no password; over HTTPS every request must carry the token, which is compared in
 constant time before anything of its body is read. Bodies are read whole before a route begins, so a route never waits for a client: they
-may have `BODY_MAX_BYTES`, and take `BODY_TIMEOUT_S`. The head of a request may have 16 KiB, and a connection that has nothing to say for 5 s is closed
+may have `BODY_MAX_BYTES`, and take `BODY_TIMEOUT_S`. The head of a request may have 16 KiB, and a connection that has nothing to say for 15 s is closed
 (hypercorn's limits).
 """
 
@@ -37,7 +37,7 @@ log = logging.getLogger("simsr.http")
 BODY_MAX_BYTES = 1 << 20
 BODY_TIMEOUT_S = 30.0
 HEAD_MAX_BYTES = 16 << 10
-IDLE_S = 5
+IDLE_S = 15  # longer than clients keep a connection (httpx: 5 s), or their next request meets its end
 HANDSHAKE_TIMEOUT_S = 10
 TOKEN_MIN, TOKEN_MAX = 16, 4096
 

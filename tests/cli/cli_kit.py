@@ -21,7 +21,7 @@ class Outcome:
         return self.out.splitlines()
 
 
-def wait_until(true: Callable[[], object], timeout_s: float = 10.0) -> None:
+def wait_until(true: Callable[[], object], timeout_s: float = 120.0) -> None:
     """Return when ``true()`` is so, fail the test if that takes too long."""
     give_up = time.monotonic() + timeout_s
     while not true():

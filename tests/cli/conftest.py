@@ -80,7 +80,7 @@ def serve_disks(daemon: FakeDaemon) -> Iterator[Callable[..., None]]:
     yield serve
     for server in servers:
         server.terminate()
-        server.wait(10)
+        server.wait(120)
 
 
 @pytest.fixture

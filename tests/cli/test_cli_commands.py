@@ -412,7 +412,7 @@ def test_output_into_a_closed_pipe_ends_quietly(start_simsr, daemon, sr):
     child.stdout.readline()
     child.stdout.close()
     assert child.stderr.read() == ""
-    assert child.wait(10) == 1
+    assert child.wait(120) == 1
 
 
 def _client(name: str, writable: bool) -> dict[str, object]:

@@ -218,7 +218,7 @@ def test_an_interrupted_scrub_is_stopped(simsr, root, filled, start_simsr):
         wait_until(lambda: state() == "running")
         assert "being scrubbed already" in simsr("sr", "scrub").err
         child.send_signal(signal.SIGINT)
-        assert child.wait(10) == 130
+        assert child.wait(120) == 130
         assert state() == "stopped"
         assert daemon.stop() == 0
 
@@ -228,7 +228,7 @@ def test_progress_is_drawn_on_a_terminal_only(root, filled, start_simsr):
         master, slave = pty.openpty()
         child = start_simsr("sr", "scrub", "--rate", "4MiB", stderr=slave)
         os.close(slave)
-        assert child.wait(20) == 0
+        assert child.wait(120) == 0
         shown = os.read(master, 1 << 16).decode(errors="replace")
         os.close(master)
         assert "scrub main" in shown and "MiB" in shown

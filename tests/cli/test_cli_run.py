@@ -78,7 +78,7 @@ def test_signals_are_passed_on(start_simsr, temporary, number):
     child = start_simsr("run", "--size", "1M", "--", "sh", "-c", script)
     assert child.stdout.readline() == "ready\n"
     child.send_signal(number)
-    out, err = child.communicate(timeout=20)
+    out, err = child.communicate(timeout=120)
     assert (child.returncode, out, err) == (9, "got it\n", "")
     assert not daemons_on(temporary)
 
@@ -94,7 +94,7 @@ def test_ctrl_c_reaches_the_command_once(temporary, start_simsr):
     os.close(theirs)
     assert child.stdout.readline() == "ready\n"
     os.write(ours, b"\x03")
-    out, err = child.communicate(timeout=20)
+    out, err = child.communicate(timeout=120)
     os.close(ours)
     assert (child.returncode, out, err) == (3, "got\nalive\n", "")
 
@@ -108,7 +108,7 @@ def test_ctrl_c_while_it_starts_leaves_nothing(start_simsr, temporary):
     child = start_simsr("run", "--size", "1M", "--", "sleep", "60")
     wait_until(lambda: daemons_on(temporary))
     os.killpg(child.pid, signal.SIGINT)
-    out, err = child.communicate(timeout=20)
+    out, err = child.communicate(timeout=120)
     assert (child.returncode, out, err) == (130, "", "")
     assert not daemons_on(temporary)
 
@@ -156,7 +156,7 @@ def test_a_root_that_is_in_use(simsr, start_simsr, short_directory):
     assert done.status == 4
     assert "in use by another process" in done.err
     child.terminate()
-    child.wait(20)
+    child.wait(120)
 
 
 def test_a_root_that_cannot_be(simsr, tmp_path):

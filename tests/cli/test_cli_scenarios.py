@@ -119,7 +119,7 @@ def test_ctrl_c_stops_the_scenario(simsr, disk, scenario, start_simsr):
     while "stuck" not in child.stdout.readline():
         assert child.poll() is None
     child.send_signal(signal.SIGINT)
-    assert child.wait(30) == 130
+    assert child.wait(120) == 130
     assert simsr("scenario", "status").status == 43
     assert "4 KiB" in qemu_io(disk, "read 0 4k")
 

@@ -54,7 +54,7 @@ def recording(start_simsr):
         def end(number: int | None = signal.SIGINT) -> tuple[int, str]:
             if number is not None:
                 child.send_signal(number)
-            _, said = child.communicate(timeout=60)
+            _, said = child.communicate(timeout=120)
             return child.returncode, said
 
         return end
@@ -160,7 +160,7 @@ def test_a_recording_ends_with_its_disk_and_with_its_daemon(simsr, disk, recordi
         simsr("sr", "create", "main")
         simsr("vdi", "create", "--size", "1MiB", "--name", "one")
         end = recording("one", str(tmp_path / "u.trace"))
-        give_up = time.monotonic() + 30
+        give_up = time.monotonic() + 120
         while not (tmp_path / "u.trace").stat().st_size:
             assert time.monotonic() < give_up
         other.process.kill()
@@ -222,11 +222,11 @@ def test_a_disk_in_use_is_refused_unless_told(simsr, disk, trace):
 
 def test_ctrl_c_ends_a_replay_with_its_report(simsr, disk, trace, start_simsr):
     child = start_simsr("replay", trace(count=10), "--vdi", "disk", "--loop", "--max-lag", "10s", "--json")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not (running := simsr_replays(disk)) or not running[0]["issued"]:
         assert time.monotonic() < deadline and child.poll() is None
     child.send_signal(signal.SIGINT)
-    out, _ = child.communicate(timeout=60)
+    out, _ = child.communicate(timeout=120)
     assert child.returncode == 0 and json.loads(out)["rounds"] >= 1 and json.loads(out)["is_over"]
     assert simsr_replays(disk) == []
     child = start_simsr("replay", trace(count=10), "--scratch", "1MiB", "--loop")

@@ -196,7 +196,7 @@ def test_an_interrupted_import_leaves_nothing(start_simsr, daemon, sr, serve_dis
     child = start_simsr("import", str(image))
     wait_until(lambda: daemon.vdis and _copying(child.pid))
     child.send_signal(number)
-    out, err = child.communicate(timeout=10)
+    out, err = child.communicate(timeout=120)
     assert (child.returncode, out, err) == (128 + number, "", "")
     assert not daemon.vdis
     assert not _copying(child.pid)
@@ -207,7 +207,7 @@ def test_a_progress_bar_on_a_terminal(daemon, sr, serve_disks, image, start_sims
     ours, theirs = pty.openpty()
     child = start_simsr("import", str(image), stderr=theirs, env={"TERM": "xterm", "COLUMNS": "100"})
     os.close(theirs)
-    out, _ = child.communicate(timeout=20)
+    out, _ = child.communicate(timeout=120)
     assert child.returncode == 0
     assert out.strip() in daemon.vdis
     drawn = _read_all(ours)
@@ -280,7 +280,7 @@ def test_export_never_replaces_a_file_made_meanwhile(start_simsr, full_disk, ser
     child = start_simsr("export", "full", str(target))
     wait_until(lambda: _copying(child.pid))
     target.write_text("precious")
-    _, err = child.communicate(timeout=30)
+    _, err = child.communicate(timeout=120)
     assert child.returncode == 1
     assert "it exists" in err
     assert target.read_text() == "precious"
@@ -296,7 +296,7 @@ def test_an_interrupted_export_leaves_what_was_there(start_simsr, full_disk, ser
     child = start_simsr("export", "full", str(target), "--force")
     wait_until(lambda: _copying(child.pid))
     child.send_signal(signal.SIGINT)
-    _, err = child.communicate(timeout=10)
+    _, err = child.communicate(timeout=120)
     assert (child.returncode, err) == (130, "")
     assert [path.read_text() for path in tmp_path.iterdir()] == ([before] if before else [])
 

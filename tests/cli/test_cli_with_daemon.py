@@ -166,7 +166,7 @@ def test_an_interrupted_import_leaves_nothing(simsr, start_simsr, sr, tmp_path, 
     child = start_simsr("import", str(big), "--name", "big")
     wait_until(lambda: any(vdi["attached"] for vdi in json.loads(simsr("vdi", "list", "--json").out)))
     child.send_signal(number)
-    out, err = child.communicate(timeout=20)
+    out, err = child.communicate(timeout=120)
     assert (child.returncode, out, err) == (128 + number, "", "")
     assert json.loads(simsr("vdi", "list", "--json").out) == []
 

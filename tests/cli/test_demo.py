@@ -23,7 +23,7 @@ def temporary(short_directory, monkeypatch) -> Path:
 
 
 def test_the_demo_holds_and_leaves_nothing(temporary):
-    done = subprocess.run([sys.executable, DEMO], capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run([sys.executable, DEMO], capture_output=True, text=True, check=False, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
     table = done.stdout[done.stdout.index("What was done") :].splitlines()
     results = [line.split()[-1] for line in table[1:13]]
@@ -38,7 +38,7 @@ def test_a_demo_that_is_stopped_leaves_nothing(temporary, number):
     with child:
         wait_until(lambda: list(temporary.glob("simsr-demo-*/store/control.sock")))
         child.send_signal(number)
-        _, err = child.communicate(timeout=60)
+        _, err = child.communicate(timeout=300)
     assert (child.returncode, err) == (128 + number, "")
     assert list(temporary.iterdir()) == []
 
@@ -48,7 +48,7 @@ def test_a_demo_that_fails_says_so(temporary, tmp_path):
     (tmp_path / "qemu-io").write_text("#!/bin/sh\necho out of order; exit 1\n")
     (tmp_path / "qemu-io").chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = subprocess.run([sys.executable, DEMO], capture_output=True, text=True, check=False, env=environment, timeout=60)
+    done = subprocess.run([sys.executable, DEMO], capture_output=True, text=True, check=False, env=environment, timeout=300)
     assert done.returncode == 1
     assert "qemu-io ended with status 1: out of order" in done.stdout
     assert "FAILED" in done.stdout

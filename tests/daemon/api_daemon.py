@@ -27,9 +27,7 @@ class Api:
 
     def __init__(self, simsrd: Simsrd) -> None:
         self.simsrd = simsrd
-        # The daemon hangs up on who is idle for 5 s; a client that waits as long may send into a connection that is going.
-        transport = httpx.HTTPTransport(uds=simsrd.socket, limits=httpx.Limits(keepalive_expiry=1))
-        self._client = httpx.Client(transport=transport, base_url="http://simsrd", timeout=60)
+        self._client = httpx.Client(transport=httpx.HTTPTransport(uds=simsrd.socket), base_url="http://simsrd", timeout=120)
 
     def close(self) -> None:
         self._client.close()
@@ -115,7 +113,7 @@ class Nbd:
     def __init__(self, path: str, export: str = "whatever") -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self.sock.settimeout(30)
+            self.sock.settimeout(120)
             self.sock.connect(path)
             assert self._receive(18)[:16] == b"NBDMAGICIHAVEOPT"
             name = export.encode()

@@ -18,8 +18,8 @@ import httpx
 
 __all__ = ["Simsrd", "short_directory", "simsrd_command"]
 
-START_TIMEOUT_S = 60
-STOP_TIMEOUT_S = 60
+START_TIMEOUT_S = 120
+STOP_TIMEOUT_S = 120
 _READY = "simsrd: ready, control socket "
 _NOISE = re.compile(r"ERROR|Traceback|\bbug\b", re.IGNORECASE)
 
@@ -76,7 +76,7 @@ class Simsrd:
         line = self._first_line()
         assert line.startswith(_READY), f"simsrd said {line!r} and logged:\n{self.log}"
         self.socket = line.removeprefix(_READY).rstrip("\n")
-        self.api = httpx.Client(transport=httpx.HTTPTransport(uds=self.socket), base_url="http://simsrd", timeout=60)
+        self.api = httpx.Client(transport=httpx.HTTPTransport(uds=self.socket), base_url="http://simsrd", timeout=120)
         return self
 
     def _first_line(self) -> str:
@@ -158,11 +158,11 @@ class Simsrd:
             return int(re.search(r"VmRSS:\s+(\d+) kB", status.read())[1]) << 10
 
     def fds(self, kind: str = "") -> int:
-        """How many descriptors it has open; ``kind`` may be "socket"."""
+        """How many descriptors it has open; those of files with ``kind`` in their path, or, if it is "socket:", of sockets."""
         count, folder = 0, f"/proc/{self.pid}/fd"
         for fd in os.listdir(folder):
             try:
-                count += os.readlink(f"{folder}/{fd}").startswith(kind)
+                count += kind in os.readlink(f"{folder}/{fd}")
             except FileNotFoundError:  # closed meanwhile
                 pass
         return count
@@ -172,7 +172,7 @@ class Simsrd:
 
     def wait_for_connections(self, count: int) -> None:
         """Wait until exactly ``count`` NBD clients are connected."""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while (now := self.connections()) != count:
             assert time.monotonic() < deadline, f"{now} NBD connections, not {count}"
             time.sleep(0.02)

@@ -54,6 +54,6 @@ async def test_who_is_not_run_learns_nothing():
 async def test_it_wakes_not_before_the_time(alarm):
     for delay_ns in (200_000, 3_000_000):
         due = current_ns() + delay_ns
-        with trio.fail_after(30):
+        with trio.fail_after(120):
             await alarm.wait(trio.Event(), due)
         assert current_ns() >= due

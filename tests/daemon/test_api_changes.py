@@ -82,7 +82,7 @@ def test_many_requests_at_once(api):
     before = {vdi["uuid"] for vdi in api.ok("GET", "/v1/vdis")}
 
     def life(number: int) -> list[str]:
-        with httpx.Client(transport=httpx.HTTPTransport(uds=api.simsrd.socket), base_url="http://simsrd", timeout=60) as client:
+        with httpx.Client(transport=httpx.HTTPTransport(uds=api.simsrd.socket), base_url="http://simsrd", timeout=120) as client:
 
             def post(path: str, body: dict) -> dict:
                 response = client.post(path, json=body)

@@ -108,24 +108,27 @@ def test_live_below_a_client_that_stays(api, mode):  # noqa: F811
     disk = written(api, f"live {mode}", b"1")
     snapshot = api.snapshot(disk)
     with WireClient.connect(disk["nbd_socket"]) as client, ThreadPoolExecutor(1) as pool:
-        client.write(0, b"2" * BLOCK)
-        began = time.monotonic()
-        revert = pool.submit(api.act, snapshot, "revert", live=mode, live_ms=400)
-        errors, answers = 0, []
-        while not revert.done():
-            reply = client.reply(client.send(READ, 0, BLOCK))
-            answers.append((bool(reply.error), reply.data[:1]))
-            errors += bool(reply.error)
-            assert not reply.error or reply.error == EIO
-        assert revert.result()["changed"] and time.monotonic() - began >= 0.4
-        values = [value for failed, value in answers if not failed]
-        assert values == sorted(values, reverse=True), "the old content came back"
+        for live_ms in (200, 1000, 5000, 25_000):
+            client.write(0, b"2" * BLOCK)
+            began = time.monotonic()
+            revert = pool.submit(api.act, snapshot, "revert", live=mode, live_ms=live_ms)
+            errors, answers = 0, []
+            while not revert.done():
+                reply = client.reply(client.send(READ, 0, BLOCK))
+                answers.append((bool(reply.error), reply.data[:1]))
+                errors += bool(reply.error)
+                assert not reply.error or reply.error == EIO
+            assert revert.result()["changed"] and time.monotonic() - began >= live_ms / 1000
+            values = [value for failed, value in answers if not failed]
+            assert values == sorted(values, reverse=True), "the old content came back"
+            if errors or mode == "hang":
+                break  # else this client was not run all that time, and asked for nothing
         assert (errors > 0) == (mode == "error")
         assert client.read(0, BLOCK) == b"1" * BLOCK
         client.write(0, b"3" * BLOCK)
         assert client.read(0, BLOCK) == b"3" * BLOCK
         tree = api.ok("GET", f"/v1/vdis/{disk['uuid']}/tree")
-        assert [node["consistency"] for node in tree["nodes"] if node["kind"] == "tip"] == ["crash"]
+        assert {node["consistency"] for node in tree["nodes"] if node["kind"] == "tip"} == {"crash"}
         client.disconnect()
     api.act(disk, "undo")
     assert first(api, disk) == b"2"
@@ -225,7 +228,7 @@ def killed_while(simsrd: Simsrd, snapshot: str, delay_s: float) -> bool:
     thread.start()
     time.sleep(delay_s)
     simsrd.process.kill()
-    thread.join(30)
+    thread.join(120)
     simsrd.kill()
     return bool(answered)
 

@@ -195,7 +195,7 @@ def test_after_a_kill_nothing_is_held(alone):
         with ThreadPoolExecutor() as pool:
             answered = [threading.Event(), threading.Event()]
             asking = [pool.submit(ask_until_it_dies, event) for event in answered]
-            assert all(event.wait(30) for event in answered)
+            assert all(event.wait(120) for event in answered)
             simsrd.kill()
             for future in asking:
                 future.result()
@@ -228,7 +228,7 @@ async def walks_over(blocks: int = 400) -> AsyncIterator[SimpleNamespace]:
     store.commit([Create(2, blocks * BLOCK, {"uuid": "v"}, 1)])
     engine = Engine(store)
     mounted = SimpleNamespace(engine=engine, scope=trio.CancelScope(), repository=SimpleNamespace(name="sr", store=store))
-    with trio.fail_after(30):
+    with trio.fail_after(120):
         async with trio.open_nursery() as nursery:
             await nursery.start(engine.run)
             yield SimpleNamespace(store=store, engine=engine, mounted=mounted, walks=Walks(SimpleNamespace(_nursery=nursery)))

@@ -25,7 +25,7 @@ from simsr.daemon.listeners import split_address
 from simsr.errors import BadRequest
 
 
-def run(*arguments: str, timeout_s: float = 60, **options) -> subprocess.CompletedProcess:
+def run(*arguments: str, timeout_s: float = 120, **options) -> subprocess.CompletedProcess:
     """Run a simsrd that is expected to end by itself."""
     return subprocess.run(
         simsrd_command(*arguments), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s, **options
@@ -174,9 +174,11 @@ def test_a_stop_while_clients_are_busy(simsrd):
     simsrd.start().create_sr()
     vdi = simsrd.create_vdi(8 * MIB)
     ended = []
+    busy = threading.Barrier(5)
 
     def load() -> None:
         with WireClient.connect(vdi["nbd_socket"]) as client:
+            busy.wait(120)
             try:
                 while True:
                     for n in range(64):
@@ -189,10 +191,13 @@ def test_a_stop_while_clients_are_busy(simsrd):
     threads = [threading.Thread(target=load) for _ in range(4)]
     for thread in threads:
         thread.start()
-    time.sleep(0.5)
+    busy.wait(120)
+    written = simsrd.get("/v1/daemon")["statistics"]["nbd"]["requests_total"]
+    while simsrd.get("/v1/daemon")["statistics"]["nbd"]["requests_total"] < written + 5000:
+        time.sleep(0.02)
     simsrd.stop_cleanly()
     for thread in threads:
-        thread.join(20)
+        thread.join(120)
     assert len(ended) == 4
 
 
@@ -211,9 +216,7 @@ def test_a_stop_with_idle_and_stubborn_clients(simsrd):
     silent_http.connect(simsrd.socket)
     silent_http.sendall(b"GET /v1/daemon HTTP/1.1\r\n")
     idle = WireClient.connect(simsrd.nbd_socket, vdi["uuid"])
-    began = time.monotonic()
     simsrd.stop_cleanly()
-    assert time.monotonic() - began < 20
     for sock in (stubborn.sock, in_handshake, silent_http, idle.sock):
         sock.close()
 
@@ -332,17 +335,18 @@ def test_srs_can_be_deleted_as_soon_as_they_are_made(daemon):
 def test_srs_that_come_and_go_leave_no_descriptors_behind(daemon):
     daemon.create_sr("stays")
     vdi = daemon.create_vdi(MIB)
-    time.sleep(1.0)  # until the spares of the first one are there
-    before = daemon.fds()
+    before, gone = daemon.fds("socket:"), []
     for n in range(3):
         sr = daemon.create_sr(f"sr {n}")
+        gone.append(sr["uuid"])
+        assert daemon.fds(gone[-1])
         disk = daemon.create_vdi(MIB, sr=sr["uuid"])
         daemon.delete(f"/v1/vdis/{disk['uuid']}")
         daemon.delete(f"/v1/srs/{sr['uuid']}")
-    deadline = time.monotonic() + 20
-    while daemon.fds() > before and time.monotonic() < deadline:
+    deadline = time.monotonic() + 120
+    while daemon.fds("socket:") > before or any(map(daemon.fds, gone)):
+        assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert daemon.fds() <= before
     assert daemon.get(f"/v1/vdis/{vdi['uuid']}")["uuid"] == vdi["uuid"]
 
 
@@ -369,18 +373,18 @@ def test_more_connections_than_the_soft_limit_of_descriptors(root):
     process = subprocess.Popen(["sh", "-c", command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     sockets = []
     try:
-        assert select.select([process.stdout], [], [], 60)[0] and b"ready" in process.stdout.readline()
+        assert select.select([process.stdout], [], [], 120)[0] and b"ready" in process.stdout.readline()
         for _ in range(100):
             sock = socket.socket(socket.AF_UNIX)
             sockets.append(sock)
-            sock.settimeout(20)
+            sock.settimeout(120)
             sock.connect(f"{root}/nbd.sock")
             assert sock.recv(18)
     finally:
         for sock in sockets:
             sock.close()
         process.terminate()
-        assert process.wait(60) == 0
+        assert process.wait(120) == 0
         process.stdout.close()
 
 

@@ -16,7 +16,7 @@ from simsr.store.store import Create, Delete, Store
 
 SMALL = Geometry(segment_blocks=64, record_blocks=4)
 DISK_BYTES = 4 << 20
-TIMEOUT_S = 20
+TIMEOUT_S = 120
 
 
 class Rig:

@@ -49,11 +49,11 @@ class Remote:
 
     def client(self, token=TOKEN, **how):
         headers = [] if token is None else [("authorization", f"Bearer {token}")]
-        return httpx.Client(base_url=self.url, verify=self.context, headers=headers, timeout=30, **how)
+        return httpx.Client(base_url=self.url, verify=self.context, headers=headers, timeout=120, **how)
 
     def raw(self, data):
         """What is answered to ``data`` until the daemon hangs up."""
-        with socket.create_connection(("127.0.0.1", self.port), 20) as plain, self.context.wrap_socket(plain, server_hostname="127.0.0.1") as secure:
+        with socket.create_connection(("127.0.0.1", self.port), 120) as plain, self.context.wrap_socket(plain, server_hostname="127.0.0.1") as secure:
             answer = b""
             try:
                 secure.sendall(data)  # which fails when the daemon has heard enough
@@ -123,7 +123,7 @@ def test_who_has_no_token_sends_no_body(remote):
 
 
 def test_tls(remote):
-    with socket.create_connection(("127.0.0.1", remote.port), 20) as plain:
+    with socket.create_connection(("127.0.0.1", remote.port), 120) as plain:
         plain.sendall(b"GET /v1/daemon HTTP/1.1\r\nhost: x\r\n\r\n")
         assert b"200" not in plain.recv(4096), "plain HTTP gets nothing"
     old = ssl.create_default_context()
@@ -131,7 +131,7 @@ def test_tls(remote):
     with pytest.warns(DeprecationWarning):
         old.maximum_version = ssl.TLSVersion.TLSv1_1
     old.set_ciphers("ALL:@SECLEVEL=0")
-    with socket.create_connection(("127.0.0.1", remote.port), 20) as plain, pytest.raises(ssl.SSLError):
+    with socket.create_connection(("127.0.0.1", remote.port), 120) as plain, pytest.raises(ssl.SSLError):
         old.wrap_socket(plain)
     with remote.client() as client:
         assert client.get("/v1/daemon").status_code == 200, "it goes on after all of that"
@@ -139,7 +139,7 @@ def test_tls(remote):
 
 def clients(remote):
     transport = httpx.HTTPTransport(uds=remote.simsrd.socket)
-    return remote.client(), httpx.Client(transport=transport, base_url="http://simsrd", timeout=30)
+    return remote.client(), httpx.Client(transport=transport, base_url="http://simsrd", timeout=120)
 
 
 def test_large_bodies(remote):
@@ -270,6 +270,6 @@ def test_addresses():
 
 
 def test_the_daemon_does_not_start_with_less(pki, folder):
-    done = subprocess.run(simsrd_command("--root", f"{folder}/r", "--https", "127.0.0.1:0"), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(simsrd_command("--root", f"{folder}/r", "--https", "127.0.0.1:0"), capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "--https-cert and --https-key and --token-file must be given" in done.stderr
     assert "Traceback" not in done.stderr and not os.path.exists(f"{folder}/r")

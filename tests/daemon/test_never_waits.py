@@ -32,7 +32,7 @@ from simsr.store.layout import Geometry
 from simsr.store.store import Create, Store
 
 SMALL = Geometry(segment_blocks=512, record_blocks=16)
-TIMEOUT_S = 30
+TIMEOUT_S = 120
 
 
 # --- In this process: cold reads that do not come back until they are let ------------------------------------------

@@ -52,7 +52,7 @@ class Activated:
 
     def stop(self) -> tuple[int, str]:
         self.process.terminate()
-        _, said = self.process.communicate(timeout=60)
+        _, said = self.process.communicate(timeout=120)
         return self.process.returncode, said.decode()
 
 
@@ -71,7 +71,7 @@ def notified(folder):
 
 
 def api_at(path: str) -> httpx.Client:
-    return httpx.Client(transport=httpx.HTTPTransport(uds=path), base_url="http://simsrd", timeout=60)
+    return httpx.Client(transport=httpx.HTTPTransport(uds=path), base_url="http://simsrd", timeout=120)
 
 
 def test_systemd_passes_the_control_socket(root, folder, notified):

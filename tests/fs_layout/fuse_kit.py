@@ -22,7 +22,7 @@ __all__ = [
 ]  # fmt: skip
 
 MIB = 1 << 20
-RUN_TIMEOUT_S = 60
+RUN_TIMEOUT_S = 120
 
 fuse_is_there = pytest.mark.skipif(
     not (os.access("/dev/fuse", os.W_OK) and shutil.which("fusermount3") and importlib.util.find_spec("pyfuse3")),
@@ -66,7 +66,7 @@ def refused(number: int) -> Iterator[None]:
     assert caught.value.errno == number, caught.value
 
 
-def eventually(condition: Callable[[], object], timeout_s: float = 20) -> None:
+def eventually(condition: Callable[[], object], timeout_s: float = 120) -> None:
     """Wait until ``condition`` holds."""
     deadline = time.monotonic() + timeout_s
     while not condition():

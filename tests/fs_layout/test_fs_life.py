@@ -147,7 +147,7 @@ def test_a_mount_that_is_refused_at_the_start():
         os.makedirs(f"{folder}/m/full")
         done = subprocess.run(
             [sys.executable, "-m", "simsr.daemon.main", "--root", f"{folder}/r", "--mount", f"{folder}/m"], capture_output=True,
-            text=True, timeout=60, check=False,
+            text=True, timeout=120, check=False,
         )  # fmt: skip
         assert done.returncode == 36 and f"simsrd: cannot mount at {folder}/m: the directory is not empty" in done.stderr
         assert "Traceback" not in done.stderr

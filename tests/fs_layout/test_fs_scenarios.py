@@ -60,7 +60,7 @@ def test_a_disk_that_hangs_holds_up_no_other_and_no_listing(direct, faults):
     assert not read
     direct.delete("/v1/faults/hang")
     for thread in threads:
-        thread.join(30)
+        thread.join(120)
     assert read == [bytes(4096)] * 3
 
 
@@ -70,7 +70,7 @@ def test_what_is_asked_of_a_file_is_recorded(direct):
     parts: list[bytes] = []
 
     def fetch():
-        with httpx.Client(transport=httpx.HTTPTransport(uds=direct.socket), base_url="http://simsrd", timeout=60) as client:
+        with httpx.Client(transport=httpx.HTTPTransport(uds=direct.socket), base_url="http://simsrd", timeout=120) as client:
             with client.stream("POST", f"/v1/vdis/{vdi['uuid']}/record", json={}) as answer:
                 parts.extend(answer.iter_raw())
 
@@ -82,7 +82,7 @@ def test_what_is_asked_of_a_file_is_recorded(direct):
     assert done.returncode == 0, done.stderr
     state = direct.get(f"/v1/vdis/{vdi['uuid']}/record")
     direct.delete(f"/v1/vdis/{vdi['uuid']}/record")
-    thread.join(30)
+    thread.join(120)
     found = list(read(io.BytesIO(b"".join(parts)), "simsr"))
     said = json.loads(done.stdout)["jobs"][0]
     counts = Counter(one.op for one in found)

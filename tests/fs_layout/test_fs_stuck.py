@@ -42,7 +42,7 @@ class Server:
 
     def end(self) -> str:
         """Ask it to end; returns what it complained about."""
-        _, complaints = self.process.communicate(timeout=30)
+        _, complaints = self.process.communicate(timeout=120)
         assert self.process.returncode == 0, complaints
         assert not is_mounted(self.directory)
         return complaints
@@ -95,7 +95,7 @@ def test_a_disk_that_hangs(server):
         assert os.pread(good, 1, 0) == b"\x31"
         complaints = server.end()
         for attempt in attempts:
-            attempt.join(10)
+            attempt.join(120)
             assert attempt.result in (errno.EIO, errno.ENOTCONN, errno.ECONNABORTED)
         with refused(errno.ENOTCONN):
             os.fsync(good)

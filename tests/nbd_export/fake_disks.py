@@ -26,7 +26,7 @@ __all__ = ["FakeDisk", "FakeDisks", "Client", "pattern", "SIZE_BYTES", "LARGE_BY
 
 SIZE_BYTES = 4 << 20
 LARGE_BYTES = 48 << 20
-TIMEOUT_S = 20
+TIMEOUT_S = 120
 
 
 _CONTENT = np.arange(1, LARGE_BYTES // 8 + 1, dtype=">u8").tobytes()

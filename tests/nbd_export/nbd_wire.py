@@ -239,7 +239,7 @@ class WireClient:
 
     @classmethod
     def connect(
-        cls, path: str, name: str = "", *, structured: bool = False, extended: bool = False, timeout_s: float = 60
+        cls, path: str, name: str = "", *, structured: bool = False, extended: bool = False, timeout_s: float = 120
     ) -> WireClient:
         """Connect to a unix socket and shake hands for export ``name``."""
         sock = socket.socket(socket.AF_UNIX)

@@ -183,7 +183,7 @@ def test_extents_of_several_contexts_need_not_be_alike(shared, disk):
     with WireClient.connect(shared.nbd_socket, disk["uuid"], extended=True) as client:
         assert client.call(STATUS, 0, MIB).error == c.NBD_EINVAL, "no context was asked for"
     with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(30)
+        sock.settimeout(120)
         sock.connect(shared.nbd_socket)
         names = (c.BASE_ALLOCATION, f"simsr:changed/{before['uuid']}")
         sock.sendall(struct.pack(">I", 3) + option(c.NBD_OPT_EXTENDED_HEADERS) + set_meta_context(disk["uuid"], *names) + go(disk["uuid"]))

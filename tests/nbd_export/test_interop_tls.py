@@ -144,7 +144,7 @@ def test_hostile_clients_cost_nobody_else_anything(shared, remote, disk):
         stuck = []
         for n in range(60):
             sock = socket.create_connection(("127.0.0.1", remote.port))
-            sock.settimeout(30)
+            sock.settimeout(120)
             sock.recv(18, socket.MSG_WAITALL)
             sock.sendall(MODERN + b"IHAVEOPT" + struct.pack(">II", c.NBD_OPT_STARTTLS, 0))
             if n % 3:
@@ -165,7 +165,7 @@ def test_hostile_clients_cost_nobody_else_anything(shared, remote, disk):
 def test_a_client_of_python(remote, disk, pki):
     """The whole conversation with a TLS library that is neither ours nor GnuTLS's wrapper in libnbd."""
     with socket.create_connection(("127.0.0.1", remote.port)) as sock:
-        sock.settimeout(30)
+        sock.settimeout(120)
         sock.recv(18, socket.MSG_WAITALL)
         sock.sendall(MODERN + b"IHAVEOPT" + struct.pack(">II", c.NBD_OPT_STARTTLS, 0))
         assert len(sock.recv(20, socket.MSG_WAITALL)) == 20
@@ -211,7 +211,7 @@ def test_options_that_do_not_go_together(options, said):
 def test_without_tls_the_network_is_not_served(pki, folder):
     options = ["--nbd-tcp", "0.0.0.0:0", "--tls", "off", "--nbd-tls-dir", pki]
     command = simsrd_command("--root", f"{folder}/r", *options)
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "give --nbd-tls-dir" in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
@@ -230,7 +230,7 @@ def test_exit_with_parent(folder):
         watched = os.pidfd_open(int(child))
         try:
             process.kill()
-            assert select.select([watched], [], [], 60)[0], "simsrd goes on without its parent"
+            assert select.select([watched], [], [], 120)[0], "simsrd goes on without its parent"
         finally:
             os.close(watched)
     assert not os.path.exists(f"{folder}/r/control.sock"), "it did not stop in order"

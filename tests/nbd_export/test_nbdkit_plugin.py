@@ -197,16 +197,16 @@ def test_clients_choose_among_all_disks_or_those_of_an_sr(shared, make_vdi):
         (("export=nobody",), "nobody"), (("sr=x", "control=/" + "x" * 120), "longer than"),
     ],
 )  # fmt: skip
-def test_parameters_that_are_no_good(shared, parameters, said):
-    command = nbdkit(shared, *parameters, options=("-U", "-"))
-    done = subprocess.run([*command, "--run", "true"], capture_output=True, text=True, timeout=60)
+def test_parameters_that_are_no_good(shared, folder, parameters, said):
+    command = nbdkit(shared, *parameters, options=("-U", f"{folder}/s"))  # with "-" it would leave a directory in /tmp when it fails
+    done = subprocess.run([*command, "--run", "true"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and said in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("nbdkit: error: simsr: "), done.stderr
 
 
 def test_no_simsrd(folder):
-    command = ["nbdkit", "-U", "-", "python", PLUGIN, f"socket={folder}/none", "--run", "true"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    command = ["nbdkit", "-U", f"{folder}/s", "python", PLUGIN, f"socket={folder}/none", "--run", "true"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and f"{folder}/none" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -246,7 +246,7 @@ def test_useful_lines(shared, disk, number):
     lines = lines_of_the_page()
     assert len(lines) == 3
     environment = {**os.environ, "plugin": PLUGIN, "socket": shared.nbd_socket, "disk": disk["uuid"]}
-    done = subprocess.run(["bash", "-c", lines[number]], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["bash", "-c", lines[number]], env=environment, capture_output=True, text=True, timeout=120)
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
     assert ("Run completed", "No space left on device", "wrote 1048576/1048576")[number] in said

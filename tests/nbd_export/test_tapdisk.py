@@ -28,7 +28,7 @@ class Tapdisk:
     def __init__(self, path: str) -> None:
         assert len(os.fsencode(path)) <= 107
         self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(10)
+        self.sock.settimeout(120)
         self.sock.connect(path)
         assert self._item(8) == b"NBDMAGIC"
         assert self._item(8) == b"IHAVEOPT"
@@ -153,13 +153,13 @@ def test_a_tapdisk_that_stops_reading_delays_nobody(shared, disk, tapdisk):
 def test_the_greeting_and_the_answer_to_the_name_come_in_one_piece_each(disk):
     """Watched from outside: after each is announced as readable, all of it is there."""
     with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(10)
+        sock.settimeout(120)
         sock.connect(disk["nbd_socket"])
-        assert select.select([sock], [], [], 10)[0] and len(sock.recv(1000)) == 18
+        assert select.select([sock], [], [], 120)[0] and len(sock.recv(1000)) == 18
         for piece in (b"\0\0\0\3", b"IHAVEOPT", b"\0\0\0\1", b"\0\0\0\x0f", b"tapdisk_", b"client\0"):
             time.sleep(0.01)
             sock.sendall(piece)
-        assert select.select([sock], [], [], 10)[0] and len(sock.recv(1000)) == 10, "and no 124 zeros behind it"
+        assert select.select([sock], [], [], 120)[0] and len(sock.recv(1000)) == 10, "and no 124 zeros behind it"
 
 
 def test_pauses_and_comes_back_while_others_are_connected(shared, disk):

@@ -269,7 +269,7 @@ def test_writes_of_tapdisk_are_durable_and_those_of_others_not(shared, disk):
     for name, durable in ((b"tapdisk_client\0", True), (b"somebody", False)):
         before = flushes()
         with socket.socket(socket.AF_UNIX) as sock:
-            sock.settimeout(30)
+            sock.settimeout(120)
             sock.connect(disk["nbd_socket"])
             sock.recv(18, socket.MSG_WAITALL)
             sock.sendall(b"\0\0\0\3IHAVEOPT\0\0\0\1" + len(name).to_bytes(4, "big") + name)

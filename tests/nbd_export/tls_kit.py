@@ -68,6 +68,6 @@ async def starttls(path: str, before: bytes = b"") -> trio.SocketStream:
 async def connect_tls(path: str, context: ssl.SSLContext, **style: bool) -> Client:
     """A client inside TLS, which may send options next."""
     stream = trio.SSLStream(await starttls(path), context, server_hostname="localhost", https_compatible=True)
-    with trio.fail_after(20):
+    with trio.fail_after(120):
         await stream.do_handshake()
     return Client(stream, style.get("structured", False), style.get("extended", False))

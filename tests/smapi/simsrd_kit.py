@@ -32,7 +32,7 @@ class Simsrd:
     def stop(self, number=signal.SIGTERM):
         if self.process and self.process.poll() is None:
             self.process.send_signal(number)
-            self.process.wait(timeout=60)
+            self.process.wait(timeout=120)
             self.process.stdout.close()
 
 

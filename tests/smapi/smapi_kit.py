@@ -48,7 +48,7 @@ def start_plugin(document, argv=None, **options):
 
 def read_plugin(process):
     """Return the answer of a plug-in process: it must end well and print that one document."""
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert errors == b""
     return smapi_wire.parse_answer(output)

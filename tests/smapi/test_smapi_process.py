@@ -249,7 +249,7 @@ def test_stray_prints_do_not_reach_the_answer(folder):
     noisy.chmod(0o755)
     process = start_plugin(smapi_wire.request("sr_content_type", {"command": "sr_content_type"}),
                            argv=plugin_argv(noisy))
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=120)
     assert smapi_wire.parse_answer(output) == ""
     assert errors.count(b"stray") == 3
     assert process.returncode == 0
@@ -260,7 +260,7 @@ def test_closed_descriptors(alone, closed):
     """Exit status 0 whatever is closed, and the answer if anybody can read it."""
     document = alone.document("sr_update")
     done = subprocess.run(["/bin/sh", "-c", f'exec "$@" {closed}', "sh", *plugin_argv(), document], env=ENVIRONMENT,
-                          stdout=subprocess.PIPE, timeout=60, check=True)
+                          stdout=subprocess.PIPE, timeout=120, check=True)
     if "1>" in closed:
         assert done.stdout == b""
     else:
@@ -270,7 +270,7 @@ def test_closed_descriptors(alone, closed):
 def test_nobody_reads_the_answer():
     process = start_plugin(DRIVER_INFO)
     process.stdout.close()
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=120) == 0
     assert process.stderr.read() == b""
     process.stderr.close()
 
@@ -279,9 +279,9 @@ def test_termination_signal_ends_it(alone, daemon):
     """xapi sees a signal as what it is; nothing is left running."""
     daemon.before["GET", "/v1/srs"] = daemon.hang
     process = start_plugin(alone.document("sr_attach"))
-    assert daemon.hung.wait(timeout=60)
+    assert daemon.hung.wait(timeout=120)
     process.terminate()
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=120)
     assert process.returncode == -signal.SIGTERM and output == b""
 
 
@@ -314,7 +314,7 @@ def test_nothing_unneeded_is_imported():
             "print(' '.join(sys.modules), file=sys.__stderr__)") % str(PLUGIN)
     interpreter = os.environ.get("SIMSR_PLUGIN_PYTHON", "/usr/bin/python3")
     done = subprocess.run([interpreter, "-c", code, "x", DRIVER_INFO], env=ENVIRONMENT, stdin=subprocess.DEVNULL,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60, check=True)
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=120, check=True)
     loaded = set(done.stderr.decode().split())
     assert "xmlrpc.client" in loaded
     assert not loaded & {"difflib", "subprocess", "threading", "traceback", "asyncio", "logging", "urllib.request", "tempfile",

@@ -47,7 +47,7 @@ def qemu_io(caller, vdi, *commands, **members):
     arguments = [part for command in commands for part in ("-c", command)]
     done = subprocess.run(["qemu-io", "-f", "raw", *arguments, f"nbd+unix:///{export}?socket={path}"],
                           stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                          timeout=60)
+                          timeout=120)
     caller.call("vdi_detach", vdi=vdi, **members)
     assert done.returncode == 0 and "failed" not in done.stdout, done.stdout
 

@@ -60,7 +60,7 @@ def start(command, **environment):
 
 def finish(process, stdin):
     """Send the parameters (bytes) and return the result, or raise what the script answered instead."""
-    output, errors = process.communicate(stdin, timeout=60)
+    output, errors = process.communicate(stdin, timeout=120)
     assert errors == b"", errors.decode()
     answer = json.loads(output.decode("ascii"))
     if process.returncode:
@@ -138,7 +138,7 @@ def qemu_io(volume, *commands, domain="5"):
     assert call("Datapath.activate", uri=uri, domain=domain) is None
     arguments = [part for command in commands for part in ("-c", command)]
     done = subprocess.run(["qemu-io", "-f", "raw", *arguments, f"nbd+unix:///{export}?socket={path}"],
-                          stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+                          stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
     assert call("Datapath.deactivate", uri=uri, domain=domain) is None
     assert call("Datapath.detach", uri=uri, domain=domain) is None
     assert done.returncode == 0 and "failed" not in done.stdout, done.stdout + done.stderr

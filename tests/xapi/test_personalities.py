@@ -21,7 +21,7 @@ TYPES = {"ext": "ext", "nfs": "nfs+revert", "lvmoiscsi": "lvmoiscsi+revert", "is
 
 def install(root, *words: str) -> None:
     command = [sys.executable, "-m", "simsr.cli.main", "smapi", "install", "--root", str(root), *words]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -50,7 +50,7 @@ def srs(bed) -> dict[str, str]:
 
 
 def api(bed) -> httpx.Client:
-    return httpx.Client(transport=httpx.HTTPTransport(uds=bed.simsrd.socket), base_url="http://simsrd", timeout=60)
+    return httpx.Client(transport=httpx.HTTPTransport(uds=bed.simsrd.socket), base_url="http://simsrd", timeout=120)
 
 
 def test_xapi_sees_the_types_with_their_capabilities(bed):

@@ -29,7 +29,7 @@ def world(tmp_path_factory):
 @pytest.fixture
 def post(world):
     """Send bytes to the unix socket and return the answer."""
-    with httpx.Client(transport=httpx.HTTPTransport(uds=world.xapi.socket), base_url="http://x", timeout=60) as client:
+    with httpx.Client(transport=httpx.HTTPTransport(uds=world.xapi.socket), base_url="http://x", timeout=120) as client:
         yield lambda path, content: client.post(path, content=content, headers={"Content-Type": "text/xml"})
 
 
@@ -202,7 +202,7 @@ def test_tcp_needs_a_password_and_loopback(tmp_path):
         (["--socket", str(tmp_path / "password")], "something else is there"),
         (["--socket", "/tmp/" + "x" * 120], "107 bytes"),
     ):
-        done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=ROOT, timeout=60)
+        done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=ROOT, timeout=120)
         assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
@@ -230,7 +230,7 @@ def test_no_secrets_in_log_or_arguments(world):
 
 def test_two_servers_for_one_root(world):
     command = [sys.executable, "-m", "simsr.cli.main", "xapi", "serve", "--root", str(world.folder / "xapi")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 2 and "another" in done.stderr
     assert world.x.VM.get_all()
 

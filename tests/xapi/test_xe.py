@@ -120,5 +120,5 @@ def test_arguments_that_nobody_asked_for():
 
 def test_nobody_at_the_socket():
     command = [sys.executable, "-m", "simsr.cli.main", "xe", "--xapi", "/nonexistent", "vm-list"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 4 and "cannot be reached at /nonexistent" in done.stderr

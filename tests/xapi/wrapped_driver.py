@@ -67,7 +67,7 @@ if "kill" in step:
     kill(step["kill"])
 if "together" in step:
     open(os.path.join(HERE, "waits.%%d" %% os.getpid()), "w").close()
-    give_up = time.monotonic() + 30
+    give_up = time.monotonic() + 120
     while sum(name.startswith("waits.") for name in os.listdir(HERE)) < step["together"]:
         if time.monotonic() > give_up:
             sys.exit(1)

@@ -64,7 +64,7 @@ class Server:
     def stop(self, number: int = signal.SIGTERM) -> int:
         if self.process.poll() is None:
             self.process.send_signal(number)
-        status = self.process.wait(timeout=60)
+        status = self.process.wait(timeout=120)
         self.process.stdout.close()
         self.log.close()
         return status
@@ -186,7 +186,7 @@ class World:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=120,
         )
         assert done.returncode == 0 and "failed" not in done.stdout, done.stdout + done.stderr
 
@@ -197,7 +197,7 @@ class World:
         """Fail unless the disk holds the pattern."""
         self.io(vdi, f"read -P {pattern} 0 {size}")
 
-    def wait_task(self, task: str, seconds: float = 60.0) -> dict[str, Any]:
+    def wait_task(self, task: str, seconds: float = 120.0) -> dict[str, Any]:
         give_up = time.monotonic() + seconds
         while (record := self.x.task.get_record(task))["status"] in ("pending", "cancelling"):
             assert time.monotonic() < give_up, record
