@@ -22,8 +22,11 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+
+import httpx
 
 _TESTS = Path(__file__).parent
 sys.path[:0] = [str(_TESTS.parent), str(_TESTS / "daemon"), str(_TESTS / "nbd_export")]
@@ -85,13 +88,14 @@ class Soak:
             self._next_stamp += count
             return self._next_stamp - count
 
-    def run(self, seconds: float) -> None:
-        """Soak; returns after the final verification. Raises AssertionError, with the seed and the round in its notes."""
+    def run(self, seconds: float, enough: Callable[[], bool] = lambda: True) -> None:
+        """Soak so long, and then until it was ``enough``; returns after the final verification. Raises AssertionError, with the seed and the
+        round in its notes."""
         end = time.monotonic() + seconds
         try:
             self.simsrd.start()
             self.sr = self.simsrd.post("/v1/srs", name="soak", limit_bytes=self.limit_bytes)["uuid"]
-            while time.monotonic() < end:
+            while time.monotonic() < end or not enough():
                 self.one_round()
                 self.rounds += 1
             self.simsrd.stop_cleanly()
@@ -147,7 +151,7 @@ class Soak:
         if in_use < HONEST_PART * self.limit_bytes:
             try:
                 sr = self.simsrd.get(f"/v1/srs/{self.sr}")
-            except OSError:  # it has been killed meanwhile
+            except httpx.TransportError:  # it has been killed meanwhile
                 return
             told = sr["space"] | {key: value for key, value in sr["statistics"].items() if key.startswith("segments_")}
             self._dishonest.append(f"no space, with {in_use} of {self.limit_bytes} bytes in use; the daemon says {told}")
@@ -156,7 +160,7 @@ class Soak:
         """Add up what the daemon has counted since it was started."""
         try:
             statistics = self.simsrd.get(f"/v1/srs/{self.sr}")["statistics"]
-        except OSError:
+        except httpx.TransportError:
             return
         for name in _COUNTED:
             self.counts[name] += statistics[name]

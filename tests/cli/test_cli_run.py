@@ -139,11 +139,20 @@ def test_a_root_is_kept_and_used_again(simsr, short_directory):
     assert len(json.loads(last.out)) == 2
 
 
+LEAVES_A_CLIENT_BEHIND = """
+import os, subprocess, sys
+client = "import nbd, os, time; h = nbd.NBD(); h.connect_uri(os.environ['uri']); print('here', flush=True); time.sleep(600)"
+child = subprocess.Popen([sys.executable, "-c", client], stdout=subprocess.PIPE)
+child.stdout.readline()
+print(child.pid, os.environ["vdi"])
+"""
+
+
 def test_a_disk_that_somebody_still_uses_is_named(simsr, short_directory, monkeypatch):
     monkeypatch.setattr(transfer, "DETACH_TIMEOUT_S", 0.2)
-    background = 'sleep 5 | qemu-io -f raw "$uri" >/dev/null 2>&1 & sleep 1; echo "$vdi"'
-    done = simsr("run", "--size", "1M", "--root", str(short_directory / "root"), "--", "sh", "-c", background)
-    [vdi] = done.lines
+    done = simsr("run", "--size", "1M", "--root", str(short_directory / "root"), "--", sys.executable, "-c", LEAVES_A_CLIENT_BEHIND)
+    client, vdi = done.out.split()
+    os.kill(int(client), signal.SIGKILL)
     assert done.status == 0
     assert done.err.startswith(f"simsr: the disk of this run stays: cannot delete VDI {vdi}: attached by ")
 
@@ -182,12 +191,13 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
     [
         ("echo 'simsrd: store x is damaged: y' >&2; echo 'Hint: z' >&2; exit 31", "store x is damaged: y"),
         ("exit 3", "it ended with status 3"),
-        ("echo hello; sleep 60", "it said 'hello'"),
-        ("sleep 60", "it was not ready within 0 s"),
+        ("echo hello; exec sleep 600", "it said 'hello'"),
+        ("exec sleep 600", "it was not ready within 0 s"),
     ],
 )
 def test_a_daemon_that_does_not_start(simsr, temporary, monkeypatch, script, reason):
-    monkeypatch.setattr(child_daemon, "START_TIMEOUT_S", 0.4)
+    if "ready" in reason:
+        monkeypatch.setattr(child_daemon, "START_TIMEOUT_S", 0.4)
     stand_in(monkeypatch, script)
     done = simsr("run", "--size", "1M", "--", "echo", "ran")
     assert (done.status, done.out) == (4, "")
@@ -197,7 +207,7 @@ def test_a_daemon_that_does_not_start(simsr, temporary, monkeypatch, script, rea
 
 def test_a_daemon_that_does_not_stop_is_killed(simsr, temporary, monkeypatch, daemon):
     monkeypatch.setattr(child_daemon, "STOP_TIMEOUT_S", 0.3)
-    stand_in(monkeypatch, f"trap '' TERM; echo 'simsrd: ready, control socket {daemon.socket}'; while :; do sleep 1; done")
+    stand_in(monkeypatch, f"trap '' TERM; echo 'simsrd: ready, control socket {daemon.socket}'; while :; do sleep 0.1; done")
     done = simsr("run", "--size", "1M", "--", "echo", "ran")
     assert (done.status, done.out) == (0, "ran\n")
     assert done.err == "simsr: simsrd did not stop within 0 s and was killed\n"

@@ -158,17 +158,15 @@ def test_strange_names(simsr, sr, name):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_import_leaves_nothing(simsr, start_simsr, sr, tmp_path, number):
-    big, piece = tmp_path / "big.raw", random.Random(4).randbytes(MIB)
-    with open(big, "wb") as file:
-        for _ in range(384):
-            file.write(piece)
-    child = start_simsr("import", str(big), "--name", "big")
+def test_an_interrupted_import_leaves_nothing(simsr, start_simsr, sr, image, number):
+    assert simsr("fault", "add", "--op", "write", "--delay", "500ms", "--name", "slow").status == 0  # else it may be done before the signal
+    child = start_simsr("import", str(image), "--name", "big")
     wait_until(lambda: any(vdi["attached"] for vdi in json.loads(simsr("vdi", "list", "--json").out)))
     child.send_signal(number)
     out, err = child.communicate(timeout=120)
     assert (child.returncode, out, err) == (128 + number, "", "")
     assert json.loads(simsr("vdi", "list", "--json").out) == []
+    assert simsr("fault", "remove", "slow").status == 0
 
 
 def test_everything_is_there_after_a_restart(simsr, root, image):
