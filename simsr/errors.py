@@ -32,6 +32,8 @@ __all__ = [
     "TipExpired",
     "NothingToUndo",
     "GroupChanged",
+    "NoTip",
+    "NoVmSnapshots",
     "WouldLose",
     "Unsupported",
     "NoSpace",
@@ -231,14 +233,14 @@ class AmbiguousTip(Ambiguous):
 class NoTip(NotFound):
     """{name} has no tip to follow"""
 
-    exit_code = 64
+    exit_code = 57
     hint = "'simsr tree' shows the tips, and which node each hangs from."
 
 
 class NoVmSnapshots(NotFound):
     """no snapshots of VM {name} are known"""
 
-    exit_code = 65
+    exit_code = 58
     hint = "xapi's plug-in says of which VM it takes snapshots; by hand: 'simsr snapshot DISK... --group vm:UUID'."
 
 

@@ -80,7 +80,7 @@ def test_a_vm_that_xapi_reverted_by_half_is_as_it_was_after_undo(upstream, vm, s
 
 
 def test_what_cannot_be_meant_is_refused(simsr, upstream, vm):
-    assert "no snapshots of VM" in simsr("revert", "--group", "vm:00000000-0000-4000-8000-00000000000f", status=65)
+    assert "no snapshots of VM" in simsr("revert", "--group", "vm:00000000-0000-4000-8000-00000000000f", status=58)
     assert "hexadecimal" in simsr("undo", "--group", "vm:web", status=2)
     name = f"vm:{upstream.x.VM.get_uuid(vm[0])}"
     assert "not both" in simsr("revert", upstream.uuid(vm[1][0]), name, "--group", status=2)
