@@ -18,7 +18,7 @@ from simsr.errors import BadRequest, NotFound
 if TYPE_CHECKING:
     from simsr.cli.xe_client import XenApi
 
-__all__ = ["xe", "Arguments", "Command", "find", "show_value", "XE_CONTEXT"]
+__all__ = ["xe", "Arguments", "Command", "belongs", "find", "show_value", "XE_CONTEXT"]
 
 DEFAULT_SOCKET = "/var/lib/xcp/xapi"
 
@@ -83,10 +83,16 @@ class Arguments:
         return name in self.flags
 
     def finish(self) -> None:
-        """Raise if something was given that nobody asked for."""
-        unknown = sorted((self.values.keys() | self.flags) - self.used)
+        """Raise if something was given that nobody asked for. ``--minimal`` is welcome everywhere, as it is to xe."""
+        unknown = sorted((self.values.keys() | self.flags) - self.used - {"minimal"})
         if unknown:
             raise BadRequest(what=f"argument {unknown[0]}", reason="the command does not know it")
+
+
+class _NoObject(NotFound):
+    """no {kind} is called {name!r}"""
+
+    hint = "'simsr xe vm-list', 'vdi-list' and so on list what there is."
 
 
 Command = Callable[["XenApi", Arguments], list[str]]
@@ -99,12 +105,22 @@ def find(api: XenApi, cls: str, arguments: Arguments, *keys: str) -> str:
     by_name = any(not key.endswith("uuid") for key in keys if key in arguments.values)
     found = list(api(f"{cls}.get_all_records_where", f'field "uuid" = "{_quoted(named)}"'))
     if not found and by_name:
-        found = api(f"{cls}.get_by_name_label", named)
+        records = api(f"{cls}.get_all_records_where", f'field "name_label" = "{_quoted(named)}"')
+        # A template or a snapshot may have the name of a VM; then the command means what it asks for.
+        noun = "template" if "template" in keys else "vm"
+        found = [ref for ref, record in records.items() if cls == "VM" and belongs(noun, record)] or list(records)
     if len(found) > 1:
         raise BadRequest(what=named, reason=f"{len(found)} objects of class {cls} are called so; use the uuid")
     if not found:
-        raise NotFound(kind=cls, name=named)
+        raise _NoObject(kind=cls, name=named)
     return str(found[0])
+
+
+def belongs(noun: str, record: dict[str, Any]) -> bool:
+    """True if ``noun-list`` shows the object: snapshots are no templates to xe, and neither of them is a vm."""
+    if noun in ("vm", "template"):
+        return bool(record["is_a_template"] == (noun == "template") and not record["is_a_snapshot"])
+    return noun != "snapshot" or bool(record["is_a_snapshot"])
 
 
 def _quoted(text: str) -> str:

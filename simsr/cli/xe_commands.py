@@ -10,7 +10,7 @@ from typing import Any
 from simsr.cli.output import printable
 from simsr.cli.xe import Arguments, Command, find
 from simsr.cli.xe_client import XenApi
-from simsr.cli.xe_listing import CLASSES, list_objects, param_get, param_list, param_remove, param_set
+from simsr.cli.xe_listing import CLASSES, list_objects, param_add, param_get, param_list, param_remove, param_set
 from simsr.errors import BadRequest
 from simsr.units import parse_size
 
@@ -46,6 +46,7 @@ for _noun in CLASSES:
     COMMANDS[f"{_noun}-param-get"] = partial(param_get, _noun)
     COMMANDS[f"{_noun}-param-list"] = partial(param_list, _noun)
     COMMANDS[f"{_noun}-param-set"] = partial(param_set, _noun)
+    COMMANDS[f"{_noun}-param-add"] = partial(param_add, _noun)
     COMMANDS[f"{_noun}-param-remove"] = partial(param_remove, _noun)
 
 

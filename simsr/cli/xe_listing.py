@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from simsr.cli.xe import Arguments, find, show_value
+from simsr.cli.xe import Arguments, belongs, find, show_value
 from simsr.cli.xe_client import XenApi
 from simsr.errors import BadRequest
 
-__all__ = ["CLASSES", "list_objects", "param_get", "param_list", "param_set", "param_remove"]
+__all__ = ["CLASSES", "list_objects", "param_get", "param_list", "param_set", "param_add", "param_remove"]
 
 CLASSES = {
     "vm": "VM", "template": "VM", "snapshot": "VM", "vdi": "VDI", "vbd": "VBD", "sr": "SR", "pbd": "PBD", "sm": "SM",
@@ -36,8 +36,27 @@ _LINKS = {
 }
 """Fields that are references: ``X-uuid`` and ``X-name-label`` show what they point to, the plain name shows the uuid as well."""
 
-_WRITABLE = {"name_label", "name_description", "other_config", "tags", "sm_config", "userdevice", "bootable", "is_a_template",
-             "xenstore_data", "platform", "affinity", "memory_static_max", "VCPUs_max"}  # fmt: skip
+_WRITABLE = {
+    "VM": "name_label name_description user_version is_a_template affinity VCPUs_params VCPUs_max VCPUs_at_startup"
+    " memory_static_max memory_dynamic_max memory_dynamic_min memory_static_min actions_after_softreboot actions_after_shutdown"
+    " actions_after_reboot actions_after_crash PV_bootloader PV_kernel PV_ramdisk PV_args PV_bootloader_args PV_legacy_args"
+    " HVM_boot_policy HVM_boot_params HVM_shadow_multiplier platform PCI_bus other_config recommendations xenstore_data tags"
+    " blocked_operations suspend_SR hardware_platform_version ha_always_run ha_restart_priority start_delay shutdown_delay order",
+    "VDI": "name_label name_description other_config xenstore_data sm_config tags on_boot allow_caching sharable read_only",
+    "VBD": "userdevice bootable mode type unpluggable other_config qos_algorithm_type qos_algorithm_params",
+    "SR": "name_label name_description other_config sm_config tags",
+    "host": "name_label name_description other_config logging suspend_image_sr crash_dump_sr hostname address tags",
+    "pool": "name_label name_description default_SR suspend_image_SR crash_dump_SR other_config tags gui_config"
+    " health_check_config wlb_enabled",
+    "PBD": "other_config",
+    "SM": "other_config",
+    "task": "other_config",
+    "message": "",
+}
+"""Fields that the API has setters for."""
+
+
+_REFERRED_TO = [*dict.fromkeys(CLASSES.values()), "VM_metrics", "VM_guest_metrics", "host_metrics"]
 
 
 class _Objects:
@@ -81,11 +100,21 @@ class _Objects:
             for records in self._records.values():
                 if value in records:
                     return records[value]["uuid"]
-            for cls in dict.fromkeys(CLASSES.values()):
+            for cls in _REFERRED_TO:
                 if value in self.records(cls):
                     return self.records(cls)[value]["uuid"]
             return "<not in database>"
         return value
+
+    def ref(self, name: str, uuid: str) -> str:
+        """Return the reference of the object ``uuid``, for setting field ``name``; of none if the uuid is empty."""
+        if not uuid:
+            return "OpaqueRef:NULL"
+        for cls in _REFERRED_TO:
+            for ref, record in self.records(cls).items():
+                if record["uuid"] == uuid:
+                    return ref
+        raise BadRequest(what=f"{name}={uuid}", reason="it must be the uuid of an object, and there is none with this")
 
 
 def _field_name(record: dict[str, Any], name: str) -> str:
@@ -97,21 +126,13 @@ def _field_name(record: dict[str, Any], name: str) -> str:
     raise BadRequest(what=f"parameter {name}", reason="there is no such field")
 
 
-def _belongs(noun: str, record: dict[str, Any]) -> bool:
-    if noun == "vm":
-        return not record["is_a_template"] and not record["is_a_snapshot"]
-    if noun == "template":
-        return record["is_a_template"] and not record["is_a_snapshot"]
-    return noun != "snapshot" or record["is_a_snapshot"]
-
-
 def list_objects(noun: str, api: XenApi, arguments: Arguments) -> list[str]:
     cls, objects = CLASSES[noun], _Objects(api)
     minimal, params = arguments.flag("minimal"), arguments.get("params")
     filters = {key: value for key, value in arguments.values.items() if key != "params"}
     arguments.used |= filters.keys()
     arguments.finish()
-    records = [record for record in objects.records(cls).values() if _belongs(noun, record)]
+    records = [record for record in objects.records(cls).values() if belongs(noun, record)]
     for name, wanted in filters.items():
         records = [record for record in records if _matches(objects, cls, record, name, wanted)]
     names = _DEFAULT_FIELDS[cls].split() if not params else [name.strip() for name in params.split(",")]
@@ -122,12 +143,7 @@ def list_objects(noun: str, api: XenApi, arguments: Arguments) -> list[str]:
         return [",".join(show_value(objects.value(cls, record, shown)) for record in records)]
     lines: list[str] = []
     for record in records:
-        lines += _block(
-            [
-                (name, show_value(objects.value(cls, record, name)), _mark(name, objects.value(cls, record, name)))
-                for name in names
-            ]
-        ) + [""]
+        lines += [*_block(_fields(objects, cls, record, names)), ""]
     return lines
 
 
@@ -139,10 +155,16 @@ def _matches(objects: _Objects, cls: str, record: dict[str, Any], name: str, wan
     return show_value(value) == wanted
 
 
-def _mark(name: str, value: Any) -> str:
+def _mark(cls: str, name: str, value: Any) -> str:
     """Return how xe marks a field: S for sets, M for maps, RO or RW."""
     kind = "S" if isinstance(value, list) else "M" if isinstance(value, dict) else ""
-    return kind + ("RW" if name.replace("-", "_") in _WRITABLE else "RO")
+    return kind + ("RW" if name.replace("-", "_") in _WRITABLE[cls].split() else "RO")
+
+
+def _fields(objects: _Objects, cls: str, record: dict[str, Any], names: list[str]) -> list[tuple[str, str, str]]:
+    """Return (name, text, mark) of the fields ``names`` of a record."""
+    values = [(name, objects.value(cls, record, name)) for name in names]
+    return [(name, show_value(value), _mark(cls, name, value)) for name, value in values]
 
 
 def _block(fields: list[tuple[str, str, str]]) -> list[str]:
@@ -172,13 +194,11 @@ def param_list(noun: str, api: XenApi, arguments: Arguments) -> list[str]:
     record = api(f"{cls}.get_record", find(api, cls, arguments))
     arguments.finish()
     names = ["uuid", *(key.replace("_", "-") for key in record if key != "uuid")]
-    return _block(
-        [(name, show_value(objects.value(cls, record, name)), _mark(name, objects.value(cls, record, name))) for name in names]
-    )
+    return _block(_fields(objects, cls, record, names))
 
 
 def param_set(noun: str, api: XenApi, arguments: Arguments) -> list[str]:
-    cls = CLASSES[noun]
+    cls, objects = CLASSES[noun], _Objects(api)
     ref = find(api, cls, arguments)
     record = api(f"{cls}.get_record", ref)
     for name, value in list(arguments.values.items()):
@@ -191,8 +211,29 @@ def param_set(noun: str, api: XenApi, arguments: Arguments) -> list[str]:
             api(f"{cls}.remove_from_{api_name}", ref, key)
             api(f"{cls}.add_to_{api_name}", ref, key, value)
         else:
-            api(f"{cls}.set_{api_name}", ref, value)
+            is_ref = isinstance(record[api_name], str) and record[api_name].startswith("OpaqueRef:")
+            api(f"{cls}.set_{api_name}", ref, objects.ref(name, value) if is_ref else value)
     arguments.finish()
+    return []
+
+
+def param_add(noun: str, api: XenApi, arguments: Arguments) -> list[str]:
+    """Add to a set (``param-key=``) or to a map (``key=value``)."""
+    cls = CLASSES[noun]
+    ref = find(api, cls, arguments)
+    name = arguments.need("param-name")
+    api_name = _field_name(api(f"{cls}.get_record", ref), name)
+    if key := arguments.get("param-key"):
+        arguments.finish()
+        api(f"{cls}.add_{api_name}", ref, key)
+        return []
+    added = {key: value for key, value in arguments.values.items() if key not in ("uuid", "param-name")}
+    if not added:
+        raise BadRequest(what="the command", reason="param-key=, or key=value for a map, is missing")
+    arguments.used |= added.keys()
+    arguments.finish()
+    for key, value in added.items():
+        api(f"{cls}.add_to_{api_name}", ref, key, value)
     return []
 
 
@@ -201,5 +242,7 @@ def param_remove(noun: str, api: XenApi, arguments: Arguments) -> list[str]:
     ref = find(api, cls, arguments)
     name, key = arguments.need("param-name"), arguments.need("param-key")
     arguments.finish()
-    api(f"{cls}.remove_from_{_field_name(api(f'{cls}.get_record', ref), name)}", ref, key)
+    record = api(f"{cls}.get_record", ref)
+    api_name = _field_name(record, name)
+    api(f"{cls}.{'remove' if isinstance(record[api_name], list) else 'remove_from'}_{api_name}", ref, key)
     return []

@@ -35,7 +35,7 @@ CLASSES = {
         VIFs VIF refs ro; VBDs VBD refs ro; VUSBs VUSB refs ro; crash_dumps crashdump refs ro; VTPMs VTPM refs ro;
         PV_bootloader string rw; PV_kernel string rw; PV_ramdisk string rw; PV_args string rw;
         PV_bootloader_args string rw; PV_legacy_args string rw; HVM_boot_policy string c; HVM_boot_params map rw;
-        HVM_shadow_multiplier float c =1.; platform map rw; PCI_bus string rw; other_config map rw; domid int ro;
+        HVM_shadow_multiplier float c =1.; platform map rw; PCI_bus string rw; other_config map rw; domid int ro =-1;
         domarch string ro; last_boot_CPU_flags map c; is_control_domain bool ro; metrics VM_metrics ref ro;
         guest_metrics VM_guest_metrics ref ro; last_booted_record string c; recommendations string rw;
         xenstore_data map rw; ha_always_run bool c; ha_restart_priority string c; is_a_snapshot bool ro;

@@ -7,6 +7,7 @@ about itself only.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from simsr.xapi.checks import allowed
@@ -50,10 +51,9 @@ def _kind(field: Field) -> str:
 def install() -> None:
     """Enter the generic calls of all classes. A custom call of the same name has precedence."""
     for cls, fields in CLASSES.items():
-        if cls == "session":
-            _install_session(fields)
-            continue
-        _install_class(cls, fields)
+        if cls != "session":
+            _install_class(cls, fields)
+        _enter(f"{cls}.get_record", f"self {cls} ref", partial(_record, cls))
         for name, field in fields.items():
             _install_field(cls, name, field)
 
@@ -78,18 +78,32 @@ def _install_class(cls: str, fields: dict[str, Field]) -> None:
     _enter(f"{cls}.get_all", "", lambda call: list(call.db.all(cls)))
     _enter(f"{cls}.get_all_records", "", get_all_records)
     _enter(f"{cls}.get_all_records_where", "expr string", get_all_records_where)
-    _enter(f"{cls}.get_record", f"self {cls} ref", lambda call, ref: render(call.db, cls, ref))
     _enter(f"{cls}.get_by_uuid", "uuid string", lambda call, uuid: call.db.by_uuid(cls, uuid))
     if "name_label" in fields:
         _enter(f"{cls}.get_by_name_label", "label string", get_by_name_label)
 
 
+def _require_own(call: Call, cls: str, ref: str) -> None:
+    if cls == "session" and ref != call.session:
+        raise XenError("HANDLE_INVALID", cls, ref)
+
+
+def _record(cls: str, call: Call, ref: str) -> dict[str, Any]:
+    _require_own(call, cls, ref)
+    return render(call.db, cls, ref)
+
+
 def _install_field(cls: str, name: str, field: Field) -> None:
-    _enter(f"{cls}.get_{name}", f"self {cls} ref", lambda call, ref: _field(call.db, cls, ref, name))
+    def get_field(call: Call, ref: str) -> Any:
+        _require_own(call, cls, ref)
+        return _field(call.db, cls, ref, name)
+
+    _enter(f"{cls}.get_{name}", f"self {cls} ref", get_field)
     sm_only = name in SM_SETTERS.get(cls, "").split()
     if field.qualifier == "rw" or sm_only or name in SETTERS.get(cls, "").split():
 
         def set_field(call: Call, ref: str, value: Any) -> None:
+            _require_own(call, cls, ref)
             call.db.set(cls, ref, **{name: value})
 
         _enter(f"{cls}.set_{name}", f"self {cls} ref; {name} {_kind(field)}", set_field, sm_only=sm_only)
@@ -101,12 +115,14 @@ def _install_field(cls: str, name: str, field: Field) -> None:
 
 def _install_map(cls: str, name: str) -> None:
     def add_to(call: Call, ref: str, key: str, value: str) -> None:
+        _require_own(call, cls, ref)
         present = call.db.get(cls, ref)[name]
         if key in present:
             raise XenError("MAP_DUPLICATE_KEY", cls, name, ref, key)
         call.db.set(cls, ref, **{name: {**present, key: value}})
 
     def remove_from(call: Call, ref: str, key: str) -> None:
+        _require_own(call, cls, ref)
         present = call.db.get(cls, ref)[name]
         call.db.set(cls, ref, **{name: {other: value for other, value in present.items() if other != key}})
 
@@ -125,17 +141,3 @@ def _install_set(cls: str, name: str) -> None:
 
     _enter(f"{cls}.add_{name}", f"self {cls} ref; value string", add)
     _enter(f"{cls}.remove_{name}", f"self {cls} ref; value string", remove)
-
-
-def _install_session(fields: dict[str, Field]) -> None:
-    def own(call: Call, ref: str) -> dict[str, Any]:
-        if ref != call.session:
-            raise XenError("HANDLE_INVALID", "session", ref)
-        return render(call.db, "session", ref)
-
-    def getter(name: str) -> Callable[[Call, str], Any]:
-        return lambda call, ref: own(call, ref)[name]
-
-    _enter("session.get_record", "self session ref", own)
-    for name in fields:
-        _enter(f"session.get_{name}", "self session ref", getter(name))

@@ -36,7 +36,7 @@ def bootstrap(db: Database) -> None:
         )  # fmt: skip
         domain = db.create(
             "VM", name_label=f"Control domain on host: {name}", name_description="The domain which manages physical devices",
-            is_control_domain=True, power_state="Running", resident_on=host, affinity=host, VCPUs_max=1, VCPUs_at_startup=1,
+            is_control_domain=True, power_state="Running", resident_on=host, affinity=host, domid=0, VCPUs_max=1, VCPUs_at_startup=1,
             metrics=db.create("VM_metrics", start_time=now(), install_time=now(), state=["running"]),
         )  # fmt: skip
         db.set("host", host, control_domain=domain)

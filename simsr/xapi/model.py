@@ -38,6 +38,7 @@ from simsr.xapi import (
 from simsr.xapi.database import Database, new_ref
 from simsr.xapi.failure import Unimplemented, XenError, internal_error
 from simsr.xapi.registry import METHODS, Method, find_method
+from simsr.xapi.schema import NULL
 from simsr.xapi.sessions import Sessions
 from simsr.xapi.storage import Drivers
 
@@ -159,8 +160,8 @@ class Model:
         """Return a call that nobody made, for what the model does by itself."""
         return Call(self, "", new_ref(), is_local=True)
 
-    async def answer(self, name: str, arguments: list[Any], *, is_local: bool = False) -> Any:
-        """Carry out one call of a client and return its value. Raises `XenError`."""
+    async def answer(self, name: str, arguments: list[Any], *, is_local: bool = False, subtask_of: str = "") -> Any:
+        """Carry out one call of a client and return its value. ``subtask_of``: the task it is part of. Raises `XenError`."""
         self._calls += 1
         found, is_async = find_method(name)
         if not found.needs_session:
@@ -170,7 +171,8 @@ class Model:
             raise XenError("PERMISSION_DENIED", "")
         values = found.read(arguments[1:])
         if is_async:
-            task = tasks.start_task(self.db, f"Async.{found.name}")
+            parent = subtask_of if self.db.has("task", subtask_of) else NULL
+            task = tasks.start_task(self.db, f"Async.{found.name}", subtask_of=parent)
             self._nursery.start_soon(self._run_task, Call(self, session, task, is_local), found, values)
             return task
         return await self._perform(Call(self, session, new_ref(), is_local), found, values)

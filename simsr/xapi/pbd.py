@@ -34,11 +34,11 @@ def create(call: Call, record: dict[str, Any]) -> str:
     for name, cls in (("host", "host"), ("SR", "SR")):
         db.get(cls, values.get(name, ""))
     others = db.pointing("SR", "PBDs", values["SR"])
+    if others and not db.get("SR", values["SR"])["shared"]:
+        raise XenError("SR_NOT_SHARABLE", values["SR"], values["host"])
     same_host = [pbd for pbd in others if db.get("PBD", pbd)["host"] == values["host"]]
     if same_host:
         raise XenError("PBD_EXISTS", values["SR"], values["host"], same_host[0])
-    if others and not db.get("SR", values["SR"])["shared"]:
-        raise XenError("SR_NOT_SHARABLE", values["SR"], values["host"])
     return db.create("PBD", **values)
 
 

@@ -56,9 +56,9 @@ class WatchedModel(Model):
 
     calls: list[tuple[str, list[Any]]]
 
-    async def answer(self, name: str, arguments: list[Any], *, is_local: bool = False) -> Any:
+    async def answer(self, name: str, arguments: list[Any], **origin: Any) -> Any:
         self.calls.append((name, arguments[1:]))
-        return await super().answer(name, arguments, is_local=is_local)
+        return await super().answer(name, arguments, **origin)
 
 
 @dataclass(frozen=True)

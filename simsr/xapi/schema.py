@@ -44,12 +44,10 @@ def _read_string(value: Any) -> str:
 
 
 def _read_int(value: Any) -> int:
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
+    if isinstance(value, str) and (match := _INT.match(value)) or isinstance(value, float) and value.is_integer():
+        value = int(match[1] if isinstance(value, str) else value)
     if isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63:
         return int(value)
-    if isinstance(value, str) and (match := _INT.match(value)):
-        return int(match[1])
     raise TypeError
 
 

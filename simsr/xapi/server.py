@@ -83,6 +83,7 @@ async def _respond(model: Model, scope: Scope, receive: Receive) -> tuple[int, s
     body = await _read_body(scope, receive)
     # hypercorn gives no port to the server's end of a unix socket.
     is_local = scope.get("server") is None or scope["server"][1] is None
+    origin = {"is_local": is_local, "subtask_of": dict(scope["headers"]).get(b"subtask-of", b"").decode(errors="replace")}
     answer = _json if scope["path"] == "/jsonrpc" else _xml
     result: list[tuple[int, str, bytes]] = []
     async with trio.open_nursery() as nursery:
@@ -93,7 +94,7 @@ async def _respond(model: Model, scope: Scope, receive: Receive) -> tuple[int, s
             nursery.cancel_scope.cancel()
 
         nursery.start_soon(watch)
-        result.append(await answer(model, body, is_local))
+        result.append(await answer(model, body, origin))
         nursery.cancel_scope.cancel()
     if not result:
         raise _Gone
@@ -116,10 +117,10 @@ async def _read_body(scope: Scope, receive: Receive) -> bytes:
             return bytes(body)
 
 
-async def _xml(model: Model, body: bytes, is_local: bool) -> tuple[int, str, bytes]:
+async def _xml(model: Model, body: bytes, origin: dict[str, Any]) -> tuple[int, str, bytes]:
     try:
         name, arguments = wire.read_call(body)
-        value = await model.answer(name, arguments, is_local=is_local)
+        value = await model.answer(name, arguments, **origin)
     except wire.Malformed as error:
         return 200, "text/xml", wire.write_fault(400, str(error))
     except XenError as error:
@@ -127,13 +128,13 @@ async def _xml(model: Model, body: bytes, is_local: bool) -> tuple[int, str, byt
     return 200, "text/xml", wire.write_success(value)
 
 
-async def _json(model: Model, body: bytes, is_local: bool) -> tuple[int, str, bytes]:
+async def _json(model: Model, body: bytes, origin: dict[str, Any]) -> tuple[int, str, bytes]:
     try:
         name, arguments, request_id, version_2 = wire.read_json(body)
     except wire.Malformed as error:
         return 400, "text/plain", f"{error}\n".encode()
     try:
-        value = await model.answer(name, arguments, is_local=is_local)
+        value = await model.answer(name, arguments, **origin)
     except XenError as error:
         return 200, "application/json", wire.json_reply(request_id, version_2, failure=error.description)
     return 200, "application/json", wire.json_reply(request_id, version_2, result=value)

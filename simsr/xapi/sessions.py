@@ -105,6 +105,15 @@ def login_with_password(call: Call, user: str, password: str, version: str, orig
     return call.model.sessions.login(user, password, originator, is_local=call.is_local)
 
 
+@method("session.slave_local_login_with_password", "uname string; pwd string", needs_session=False)
+def slave_local_login_with_password(call: Call, user: str, password: str) -> str:
+    """The emergency login, for which xapi needs no master. The only host of a pool is its master, so it is a login like others."""
+    return call.model.sessions.login(user, password, "", is_local=call.is_local)
+
+
 @method("session.logout")
 def logout(call: Call) -> None:
     call.model.sessions.logout(call.session)
+
+
+method("session.local_logout")(logout)

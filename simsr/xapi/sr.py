@@ -39,11 +39,23 @@ async def create(
         connection = db.create("PBD", host=host, SR=sr, device_config=device_config)
     try:
         smapiv1.unit(await sr_command(call, sr, "sr_create", [str(physical_size)], device_config=device_config))
-        await pbd.plug(call, connection)
+        await _plug_or_delete(call, sr, connection)
     except (XenError, Unimplemented):
         _remove_rows(call, sr)
         raise
     return sr
+
+
+async def _plug_or_delete(call: Call, sr: str, connection: str) -> None:
+    """Plug the PBD of an SR just made; if that fails, what sr_create has made goes as well."""
+    try:
+        await pbd.plug(call, connection)
+    except (XenError, Unimplemented):
+        try:
+            await sr_command(call, sr, "sr_delete", device_config=call.db.get("PBD", connection)["device_config"])
+        except (XenError, Unimplemented) as error:
+            log.error("SR %s was made, could not be plugged, and its storage is left over: %s", sr, error)
+        raise
 
 
 def _remove_rows(call: Call, sr: str) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["copy_vbd", "COPIED"]
 
 DEVICES_MAX = 255
+_DEVICES = [str(number) for number in range(DEVICES_MAX + 1)]
 COPIED = (
     "userdevice", "device", "bootable", "mode", "type", "unpluggable", "empty", "other_config", "qos_algorithm_type",
     "qos_algorithm_params", "qos_supported_algorithms", "currently_attached",
@@ -33,7 +34,7 @@ def copy_vbd(call: Call, row: Row, vm: str, vdi: str, **changes: Any) -> str:
 
 def _free_devices(call: Call, vm: str) -> list[str]:
     taken = {call.db.get("VBD", vbd)["userdevice"] for vbd in call.db.pointing("VM", "VBDs", vm)}
-    return [str(number) for number in range(DEVICES_MAX + 1) if str(number) not in taken]
+    return [device for device in _DEVICES if device not in taken]
 
 
 @method("VM.get_allowed_VBD_devices", "vm VM ref")
@@ -54,20 +55,31 @@ def create(call: Call, record: dict[str, Any]) -> str:
         values["VDI"] = NULL
     else:
         db.get("VDI", vdi)
-        _require_writable(call, vdi, values.get("mode", "RW"), values.get("type", "Disk"))
-    free = _free_devices(call, vm)
-    if values.get("userdevice", "autodetect") in ("autodetect", ""):
-        values["userdevice"] = free[0] if free else ""
-    if values["userdevice"] not in free:
-        raise XenError("DEVICE_ALREADY_EXISTS", values["userdevice"])
-    return db.create("VBD", **values)
+    _require_fitting(call, values["VDI"], values.get("mode", "RW"), values.get("type", "Disk"))
+    return db.create("VBD", **{**values, "userdevice": _device(call, vm, values.get("userdevice", ""))})
 
 
-def _require_writable(call: Call, vdi: str, mode: str, kind: str) -> None:
+def _require_fitting(call: Call, vdi: str, mode: str, kind: str) -> None:
     if kind == "CD" and mode == "RW":
-        raise XenError("VALUE_NOT_SUPPORTED", "mode", mode, "the medium of a CD drive is read-only")
+        raise XenError("VBD_CDS_MUST_BE_READONLY")
+    if vdi == NULL and kind != "CD":
+        raise XenError("VBD_NOT_REMOVABLE_MEDIA", "in constructor")
     if mode == "RW" and call.db.get("VDI", vdi)["read_only"]:
         raise XenError("VDI_READONLY", vdi)
+
+
+def _device(call: Call, vm: str, wanted: str) -> str:
+    """Return the device number of a new VBD, chosen here if the client leaves it open."""
+    free = _free_devices(call, vm)
+    if wanted in ("autodetect", ""):
+        if not free:
+            raise XenError("INVALID_DEVICE", wanted)
+        return free[0]
+    if wanted not in _DEVICES:
+        raise XenError("INVALID_DEVICE", wanted[:200])
+    if wanted not in free:
+        raise XenError("DEVICE_ALREADY_EXISTS", wanted)
+    return wanted
 
 
 @method("VBD.destroy", "self VBD ref")
@@ -101,12 +113,18 @@ async def unplug_force(call: Call, vbd: str) -> None:
     await unplug(call, vbd)
 
 
+def _require_drive(call: Call, vbd: str) -> None:
+    if call.db.get("VBD", vbd)["type"] != "CD":
+        raise XenError("VBD_NOT_REMOVABLE_MEDIA", vbd)
+
+
 @method("VBD.insert", "vbd VBD ref; vdi VDI ref")
 async def insert(call: Call, vbd: str, vdi: str) -> None:
     db = call.db
     require_power_state(db, db.get("VBD", vbd)["VM"], "Running")
     db.get("VDI", vdi)
     async with operations(call, ("VBD", vbd, "insert")):
+        _require_drive(call, vbd)
         if not db.get("VBD", vbd)["empty"]:
             raise XenError("VBD_NOT_EMPTY", vbd)
         db.set("VBD", vbd, VDI=vdi, empty=False)
@@ -122,6 +140,7 @@ async def eject(call: Call, vbd: str) -> None:
     db = call.db
     require_power_state(db, db.get("VBD", vbd)["VM"], "Running")
     async with operations(call, ("VBD", vbd, "eject")):
+        _require_drive(call, vbd)
         if db.get("VBD", vbd)["empty"]:
             raise XenError("VBD_IS_EMPTY", vbd)
         await attachment.detach(call, vbd, keep_flag=True)

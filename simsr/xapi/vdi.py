@@ -301,12 +301,12 @@ async def data_destroy(call: Call, vdi: str) -> None:
             return
         if any(db.get("VBD", vbd)["currently_attached"] for vbd in db.pointing("VDI", "VBDs", vdi)):
             raise XenError("VDI_IN_USE", vdi, "data_destroy")
-        smapiv1.unit(await vdi_command(call, vdi, "vdi_data_destroy"))
         with db.transaction():
             for vbd in db.pointing("VDI", "VBDs", vdi):
                 db.delete("VBD", vbd)
-            other_config = {**db.get("VDI", vdi)["other_config"], "content_id": CBT_METADATA_CONTENT_ID}
-            db.set("VDI", vdi, type="cbt_metadata", other_config=other_config)
+        smapiv1.unit(await vdi_command(call, vdi, "vdi_data_destroy"))
+        other_config = {**db.get("VDI", vdi)["other_config"], "content_id": CBT_METADATA_CONTENT_ID}
+        db.set("VDI", vdi, type="cbt_metadata", other_config=other_config)
 
 
 @method("VDI.list_changed_blocks", "vdi_from VDI ref; vdi_to VDI ref")

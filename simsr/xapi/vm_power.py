@@ -102,7 +102,7 @@ async def halt(call: Call, vm: str) -> None:
     with db.transaction():
         for vbd in vbds:
             db.set("VBD", vbd, currently_attached=False)
-        db.set("VM", vm, power_state="Halted", resident_on=NULL, domid=0, suspend_VDI=NULL)
+        db.set("VM", vm, power_state="Halted", resident_on=NULL, domid=-1, suspend_VDI=NULL)
     if db.has("VDI", image):
         await destroy(call, image)
 
@@ -167,7 +167,7 @@ async def suspend_vm(call: Call, vm: str) -> None:
     except (XenError, Unimplemented):
         await _attach_again(call, vbds, image)
         raise
-    db.set("VM", vm, power_state="Suspended", suspend_VDI=image, resident_on=NULL, domid=0)
+    db.set("VM", vm, power_state="Suspended", suspend_VDI=image, resident_on=NULL, domid=-1)
 
 
 async def _attach_again(call: Call, vbds: list[str], image: str) -> None:
@@ -187,8 +187,9 @@ async def resume_vm(call: Call, vm: str, *, paused: bool) -> None:
     image = db.get("VM", vm)["suspend_VDI"]
     vbds = [vbd for vbd in vbds_in_order(db, vm) if db.get("VBD", vbd)["currently_attached"]]
     await _attach_all(call, vm, vbds, begin_epoch=False)
-    _now_live(call, vm, paused=paused)
-    db.set("VM", vm, suspend_VDI=NULL)
+    with db.transaction():
+        _now_live(call, vm, paused=paused)
+        db.set("VM", vm, suspend_VDI=NULL)
     if db.has("VDI", image):
         await destroy(call, image)
 

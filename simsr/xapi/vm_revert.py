@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
+import secrets
 import uuid as uuid_module
 from typing import TYPE_CHECKING, Any
 
@@ -112,7 +113,8 @@ def _take_back_fields(call: Call, vm: str, snapshot: Row) -> None:
 async def _revert_devices(call: Call, vm: str, snapshot: str) -> None:
     db = call.db
     row = db.get("VM", snapshot)
-    db.set("VM", vm, generation_id=row["generation_id"])
+    if db.get("VM", vm)["generation_id"]:  # empty: a VM that has none and gets none
+        db.set("VM", vm, generation_id=f"{secrets.randbits(63)}:{secrets.randbits(63)}")
     await _revert_disks(call, vm, snapshot)
     call.progress(0.7)
     with db.transaction():
@@ -188,23 +190,19 @@ async def _clone_the_rest(call: Call, vm: str, snapshot: str, rows: list[Row], o
     made = await copy_disks(call, disks, lambda disk: vdi.clone(call, disk, driver_params))
     call.progress(0.5)
     try:
-        new_image = (
-            (await copy_disks(call, [image], lambda disk: vdi.clone(call, disk, driver_params)))[image]
-            if db.has("VDI", image)
-            else NULL
-        )
+        memory = await copy_disks(call, [image] if db.has("VDI", image) else [], lambda disk: vdi.clone(call, disk, driver_params))
+        call.progress(0.6)
+        with db.transaction():
+            for disk, new in made.items():
+                if original[disk] != NULL:
+                    for sibling in db.pointing("VDI", "snapshots", original[disk]):
+                        db.set("VDI", sibling, snapshot_of=new)
+            for row in rows:
+                copy_vbd(call, row, vm, made.get(row["VDI"], row["VDI"]))
+            db.set("VM", vm, suspend_VDI=memory.get(image, NULL))
     except (XenError, Unimplemented):
         await destroy_disks(call, list(made.values()))
         raise
-    call.progress(0.6)
-    with db.transaction():
-        for disk, new in made.items():
-            if original[disk] != NULL:
-                for sibling in db.pointing("VDI", "snapshots", original[disk]):
-                    db.set("VDI", sibling, snapshot_of=new)
-        for row in rows:
-            copy_vbd(call, row, vm, made.get(row["VDI"], row["VDI"]))
-        db.set("VM", vm, suspend_VDI=new_image)
 
 
 def _restore_vbd(call: Call, vm: str, row: Row, disk: str) -> None:

@@ -79,7 +79,7 @@ async def checkpoint(call: Call, vm: str, new_name: str) -> str:
         if state == "Suspended":
             return await _snapshot(call, vm, new_name, state, with_memory=True)
         for row in vbd_rows(call, vm):
-            if row["type"] != "CD" and "VDI_SNAPSHOT" not in features_of(db, db.get("VDI", row["VDI"])["SR"]):
+            if row["type"] != "CD" and not row["empty"] and "VDI_SNAPSHOT" not in features_of(db, db.get("VDI", row["VDI"])["SR"]):
                 raise XenError("SR_OPERATION_NOT_SUPPORTED", vm)  # xapi really names the VM here
         await suspend_vm(call, vm)
         try:

@@ -51,7 +51,7 @@ def test_sr_from_create_to_destroy(upstream):
     sr = upstream.sr("short-lived")
     [pbd] = x.SR.get_PBDs(sr)
     assert failure(x.SR.destroy, sr) == ["SR_HAS_PBD", sr] == failure(x.SR.forget, sr)
-    assert failure(x.PBD.create, {"host": upstream.host, "SR": sr, "device_config": {}})[0] == "PBD_EXISTS"
+    assert failure(x.PBD.create, {"host": upstream.host, "SR": sr, "device_config": {}})[0] == "SR_NOT_SHARABLE"
     disk = upstream.vdi(sr)
     x.PBD.unplug(pbd)
     assert failure(upstream.vdi, sr) == ["SR_HAS_NO_PBDS", sr]

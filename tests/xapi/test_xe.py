@@ -91,12 +91,45 @@ def test_parameters(xe, upstream):
     assert xe("vm-list", "name-description=what it is for", "--minimal") == vm
 
 
+def test_parameters_that_are_references_sets_and_maps(xe, upstream, native_sr):
+    x = upstream.x
+    pool, sr = xe("pool-list", "--minimal"), x.SR.get_uuid(native_sr)
+    xe("pool-param-set", f"uuid={pool}", f"default-SR={sr}")
+    assert xe("pool-list", "params=default-SR", "--minimal") == sr
+    assert re.search(rf"default-SR \( RW\): {sr}$", xe("pool-list"), re.M)
+    assert "must be the uuid of an object" in xe("pool-param-set", f"uuid={pool}", "default-SR=elsewhere", status=2)
+    xe("pool-param-set", f"uuid={pool}", "default-SR=")
+    assert xe("pool-param-get", f"uuid={pool}", "param-name=default-SR") == "<not in database>"
+    vm = xe("vm-install", "template=Other install media", "new-name-label=sets and maps", "--minimal")
+    xe("vm-param-add", f"uuid={vm}", "param-name=tags", "param-key=first")
+    xe("vm-param-add", f"uuid={vm}", "param-name=tags", "param-key=second")
+    xe("vm-param-add", f"uuid={vm}", "param-name=platform", "a=1", "b=2")
+    assert xe("vm-param-get", f"uuid={vm}", "param-name=tags") == "first; second"
+    assert xe("vm-param-get", f"uuid={vm}", "param-name=platform") == "a: 1; b: 2"
+    xe("vm-param-remove", f"uuid={vm}", "param-name=tags", "param-key=first")
+    assert xe("vm-param-get", f"uuid={vm}", "param-name=tags") == "second"
+    assert "is missing" in xe("vm-param-add", f"uuid={vm}", "param-name=tags", status=2)
+    listed = xe("vm-param-list", f"uuid={vm}")
+    assert re.search(r" metrics \( RO\): [0-9a-f-]{36}$", listed, re.M) and re.search(r" PV-args \( RW\): ?$", listed, re.M)
+
+
+def test_a_snapshot_with_the_name_of_its_vm(xe, upstream):
+    vm = xe("vm-install", "template=Other install media", "new-name-label=twin")
+    snapshot = xe("vm-snapshot", "vm=twin", "new-name-label=twin", "--minimal")
+    xe("vm-start", "vm=twin")
+    assert xe("vm-list", "power-state=running", "name-label=twin", "--minimal") == vm
+    xe("vm-shutdown", "vm=twin", "--force")
+    xe("snapshot-destroy", f"uuid={snapshot}")
+    copy = xe("vm-clone", "vm=Other install media", "new-name-label=a template by name")
+    assert xe("template-list", "name-label=a template by name", "--minimal") == copy
+
+
 @pytest.mark.parametrize(
     ("words", "status", "said"),
     [
         (["vm-lst"], 2, "did you mean vm-list?"),
         (["vm-start"], 2, "vm= or uuid= is missing"),
-        (["vm-start", "vm=nobody"], 10, "no VM is called 'nobody'"),
+        (["vm-start", "vm=nobody"], 10, "no VM is called 'nobody'\nHint: 'simsr xe vm-list'"),
         (["vm-start", "uuid=parameters"], 10, "no VM is called"),
         (["vm-start", "parameters"], 2, "not of the form key=value"),
         (["host-list", "params=nonsense"], 2, "no such field"),
