@@ -314,7 +314,7 @@ class WrongKind(SimsrError):
 
     exit_code = 50
     nbd_errno = errno.EPERM
-    sm_fault = 46
+    sm_fault = 66
     xenapi_code = "VDI_INCOMPATIBLE_TYPE"
     http_status = 409
     hint = "'simsr vdi show' tells what it is; choose a VDI of another kind, or change that first."

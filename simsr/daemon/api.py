@@ -38,7 +38,7 @@ from simsr.daemon.host import Host, Mounted
 from simsr.daemon.listeners import nbd_uri
 from simsr.daemon.walks import Walks
 from simsr.errors import BadRequest, NotFound, SimsrError, SrExists
-from simsr.sr.repository import SM_CONFIG_MAX, check_sm_config
+from simsr.sr.repository import SM_CONFIG_MAX, TEXT_MAX, check_sm_config
 from simsr.sr.space import LIMIT_MIN_BYTES
 from simsr.sr.vdi import Vdi
 
@@ -47,6 +47,7 @@ __all__ = ["make_app"]
 log = logging.getLogger("simsr.api")
 
 Text = Annotated[str, Field(max_length=4096)]  # a limit makes pydantic refuse lone surrogates, too
+Label = Annotated[str, Field(max_length=TEXT_MAX)]
 ConfigText = Annotated[str, Field(max_length=SM_CONFIG_MAX)]
 Reference = Annotated[str, AfterValidator(unquote)]
 SizeBytes = Annotated[int, Field(gt=0, description="bytes; rounded up to a multiple of 512", examples=[1 << 30])]
@@ -64,9 +65,9 @@ class Body(BaseModel):
 
 
 class SrCreate(Body):
-    name: Text
+    name: Label
     uuid: Annotated[Text, Field(min_length=1)] | None = None
-    description: Text = ""
+    description: Label = ""
     sm_config: dict[str, str] = {}
     limit_bytes: LimitBytes | None = None
     personality: Text = Field("sim", description="the type of SR that this one is like; see /v1/personalities")
@@ -77,8 +78,8 @@ class SrResize(Body):
 
 
 class SrUpdate(Body):
-    name: Text | None = None
-    description: Text | None = None
+    name: Label | None = None
+    description: Label | None = None
     sm_config: dict[str, str] | None = None
     verify_reads: bool | None = None
     tips_max: Annotated[int, Field(description="tips that a disk keeps; 0: none")] | None = None
@@ -89,8 +90,8 @@ class SrUpdate(Body):
 class VdiCreate(Body):
     size_bytes: SizeBytes
     sr: Text | None = None
-    name: Text = ""
-    description: Text = ""
+    name: Label = ""
+    description: Label = ""
     uuid: Text | None = None
     type: Text = "user"
     sharable: bool = False
@@ -99,8 +100,8 @@ class VdiCreate(Body):
 
 
 class VdiUpdate(Body):
-    name: Text | None = None
-    description: Text | None = None
+    name: Label | None = None
+    description: Label | None = None
     sm_config: dict[str, str] | None = None
     sm_config_merge: dict[ConfigText, ConfigText | None] | None = Field(None, description="keys to set, or to remove where null; others stay")
     managed: bool | None = None
@@ -116,6 +117,7 @@ class Resize(Body):
 class Attach(Body):
     client: Annotated[str, Field(min_length=1, max_length=256)]
     writable: bool
+    exclusive: bool = Field(True, description="false: others who say so, too, may attach for writing; they see to it that one writes at a time")
 
 
 class Detach(Body):
@@ -406,7 +408,7 @@ def _add_vdi_routes(app: FastAPI, host: Host) -> None:
     async def attach_vdi(vdi: Reference, body: Attach) -> dict:
         """Attach for a host; the same client again changes nothing."""
         mounted, found = host.find_vdi(vdi)
-        host.attach_host(mounted, found, body.client, body.writable)
+        host.attach_host(mounted, found, body.client, body.writable, body.exclusive)
         return {
             "nbd_uri": nbd_uri(host, found), "nbd_socket": host.socket_of(found), "export_name": found.uuid,
             "size_bytes": found.size_bytes,

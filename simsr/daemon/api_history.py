@@ -15,7 +15,7 @@ from simsr.daemon.reverting import Reverting
 from simsr.daemon.walks import Walks
 from simsr.errors import BadRequest, NoVmSnapshots
 from simsr.sr.history import Reverted, Wish
-from simsr.sr.repository import GROUP_MAX, check_uuid
+from simsr.sr.repository import GROUP_MAX, TEXT_MAX, check_uuid
 from simsr.sr.tree import describe_tree
 from simsr.sr.vdi import Vdi
 
@@ -24,6 +24,7 @@ __all__ = ["history_router"]
 Reference = Annotated[str, AfterValidator(unquote)]
 VmUuid = Annotated[str, AfterValidator(check_uuid)]
 Text = Annotated[str, Field(max_length=4096)]
+Label = Annotated[str, Field(max_length=TEXT_MAX)]
 Describe = Callable[[Host, Vdi], dict]
 
 
@@ -32,8 +33,8 @@ class Body(BaseModel):
 
 
 class Descend(Body):
-    name: Text | None = None
-    description: Text | None = None
+    name: Label | None = None
+    description: Label | None = None
     uuid: Text | None = None
     sm_config: dict[str, str] | None = None
 
@@ -45,7 +46,7 @@ class Snapshot(Descend):
 
 class GroupSnapshot(Body):
     vdis: Annotated[list[Text], Field(min_length=2, max_length=GROUP_MAX, description="disks of one SR")]
-    name: Text | None = None
+    name: Label | None = None
 
 
 class VmSnapshot(Body):
@@ -54,8 +55,8 @@ class VmSnapshot(Body):
 
 
 class Pin(Body):
-    name: Text | None = None
-    description: Text = ""
+    name: Label | None = None
+    description: Label = ""
 
 
 class _Change(Body):

@@ -314,9 +314,9 @@ class Host:
         if not vdi.is_a_snapshot:
             self._listen(vdi)
 
-    def attach_host(self, mounted: Mounted, vdi: Vdi, client: str, writable: bool) -> None:
+    def attach_host(self, mounted: Mounted, vdi: Vdi, client: str, writable: bool, exclusive: bool) -> None:
         """Attach for a host (SMAPI); a snapshot gets its own socket then."""
-        mounted.repository.attach(vdi, client, client, writable, "attach")
+        mounted.repository.attach(vdi, client, client, writable, "attach", exclusive)
         self._listen(vdi)
 
     def detach_host(self, mounted: Mounted, vdi: Vdi, client: str) -> None:

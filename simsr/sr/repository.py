@@ -9,11 +9,12 @@ without being asked for), `catalogue` and `change` (the tree). Uuid, location, n
 is reverted to.
 
 Invariants (`_check`): uuids are unique; a snapshot's map never changes; no VDI is attached twice for writing by different
-hosts unless it is sharable; those of the catalogue.
+hosts unless it is sharable, or they agree elsewhere (`Attachment.exclusive`); those of the catalogue.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 
@@ -41,8 +42,8 @@ __all__ = ["Repository", "check_uuid", "check_text", "check_sm_config", "SIZE_MA
 
 SECTOR_BYTES = 512
 SIZE_MAX_BYTES = 1 << 48  # what the map's 36-bit block numbers address; LARGE_VDI of XenAPI ends far below
-TEXT_MAX = 4096
-SM_CONFIG_MAX = 32768
+TEXT_MAX = 101 << 10  # xapi has no limit; this, twice (a disk and its snapshot) for two texts and sm_config, fits into a record
+SM_CONFIG_MAX = 44 << 10
 _SR_FIELDS = frozenset({"name", "description", "sm_config"})
 _VDI_FIELDS = _SR_FIELDS | {"managed", "read_only", "sharable", "on_boot"}
 _OWN_FIELDS = _SR_FIELDS | {"verify_reads", "tips_max", "tips_hours", "expose_tips"}
@@ -61,22 +62,27 @@ def check_uuid(text: str) -> str:
     return lower
 
 
+def _json_bytes(text: str) -> int:
+    """What ``text`` takes in a record."""
+    return len(json.dumps(text, ensure_ascii=False).encode()) - 2
+
+
 def check_text(what: str, text: str, bytes_max: int = TEXT_MAX) -> str:
     """Return ``text``. Raises `BadRequest` if it is too long, holds a NUL, or cannot be written as UTF-8."""
     try:
-        size_bytes = len(text.encode())
+        size_bytes = _json_bytes(text)
     except UnicodeEncodeError:
         raise BadRequest(what=what, reason="it is not valid Unicode") from None
     if size_bytes > bytes_max or "\0" in text:
-        raise BadRequest(what=what, reason=f"it must have no NUL and at most {bytes_max} bytes of UTF-8")
+        raise BadRequest(what=what, reason=f"it must have no NUL and at most {bytes_max} bytes of UTF-8 as JSON has it")
     return text
 
 
 def check_sm_config(sm_config: dict[str, str]) -> dict[str, str]:
     """Return a copy of ``sm_config``. Raises `BadRequest` if it is too large or holds what `check_text` refuses."""
     texts = [text for item in sm_config.items() for text in item]
-    if sum(len(check_text("sm_config", text, SM_CONFIG_MAX).encode()) for text in texts) > SM_CONFIG_MAX:
-        raise BadRequest(what="sm_config", reason=f"it is larger than {SM_CONFIG_MAX} bytes")
+    if sum(_json_bytes(check_text("sm_config", text, SM_CONFIG_MAX)) for text in texts) > SM_CONFIG_MAX:
+        raise BadRequest(what="sm_config", reason=f"it is larger than {SM_CONFIG_MAX} bytes as JSON has it")
     return dict(sm_config)
 
 
@@ -365,10 +371,10 @@ class Repository:
 
     # Use.
 
-    def attach(self, vdi: Vdi, key: object, client: str, writable: bool, kind: str) -> None:
+    def attach(self, vdi: Vdi, key: object, client: str, writable: bool, kind: str, exclusive: bool = True) -> None:
         """Note that ``client`` uses ``vdi``; ``key`` identifies this use. The same key again replaces it.
 
-        Raises `VdiReadOnly`, or `VdiInUse` when another host has it and one of the two writes (unless it is sharable).
+        Raises `VdiReadOnly`, or `VdiInUse` when another host has it, one of the two writes, and one is ``exclusive`` (unless it is sharable).
         Connections are not told apart by host, so they do not exclude each other. What is read and written past the pages that a
         kernel keeps (`FUSE_CACHED`) and those who keep them exclude each other, unless it is a snapshot.
         """
@@ -380,13 +386,13 @@ class Repository:
         self.imitation.admit_attach(vdi, writable, kind)
         if kind == "attach" and not vdi.volume.meta["sharable"]:
             for other_key, other in vdi.attachments.items():
-                if other.kind == "attach" and other_key != key and (other.writable or writable):
+                if other.kind == "attach" and other_key != key and (other.writable or writable) and (other.exclusive or exclusive):
                     raise VdiInUse(operation="attach", uuid=vdi.uuid, by=other.client)
         rivals = _RIVALS.get(kind, ()) if not vdi.is_a_snapshot else ()
         for other in vdi.attachments.values():
             if other.kind in rivals:
                 raise VdiInUse(operation="attach", uuid=vdi.uuid, by=other.client)
-        vdi.attachments[key] = Attachment(client, writable, kind)
+        vdi.attachments[key] = Attachment(client, writable, kind, exclusive)
 
     def detach(self, vdi: Vdi, key: object, in_order: bool = True) -> None:
         """Note that the use ``key`` has ended, ``in_order`` or just so; nothing happens if there is none."""
@@ -540,5 +546,6 @@ class Repository:
         """Verify the invariants; for tests."""
         self.catalogue._check()
         for uuid, vdi in self.vdis.items():
-            writers = {key for key, a in vdi.attachments.items() if a.kind == "attach" and a.writable}
-            assert len(writers) <= 1 or vdi.volume.meta["sharable"], f"{uuid} has {len(writers)} writers"
+            writers = [a for a in vdi.attachments.values() if a.kind == "attach" and a.writable]
+            agreed = vdi.volume.meta["sharable"] or not any(a.exclusive for a in writers)
+            assert len(writers) <= 1 or agreed, f"{uuid} has {len(writers)} writers"

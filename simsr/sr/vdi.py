@@ -35,12 +35,14 @@ class Attachment:
     """Somebody who uses a VDI.
 
     ``kind`` is "nbd" for a connection, `FUSE` for an open file, `FUSE_CACHED` for one whose pages the kernel keeps, "attach" for a
-    host that asked for it, `JOB` for an operation of the daemon itself.
+    host that asked for it, `JOB` for an operation of the daemon itself. One that is not ``exclusive`` leaves it to others to see that
+    only one host writes at a time.
     """
 
     client: str
     writable: bool
     kind: str
+    exclusive: bool = True
 
     @property
     def sees_changes(self) -> bool:

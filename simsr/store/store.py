@@ -584,7 +584,7 @@ class Store:
 
 def _encode_ops(ops: list[Op]) -> bytes:
     lines = [{"op": _OP_NAMES[type(op)], **asdict(op)} for op in ops]
-    return json.dumps(lines, sort_keys=True, separators=(",", ":")).encode()
+    return json.dumps(lines, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def decode_ops(payload: bytes) -> list[Op]:

@@ -163,9 +163,9 @@ def test_create_refuses(api):
         ("BadRequest", {"type": "disk"}), ("BadRequest", {"uuid": "x"}), ("BadRequest", {"uuid": ""}),
         ("BadRequest", {"uuid": taken + "\0"}), ("VdiExists", {"uuid": taken}), ("VdiExists", {"uuid": taken.upper()}),
         ("BadSize", {"size_bytes": 1 << 49}), ("BadSize", {"size_bytes": 10**300}), ("BadRequest", {"name": "a\0"}),
-        ("BadRequest", {"name": "x" * 4097}), ("BadRequest", {"description": "ä" * 4096}),
+        ("BadRequest", {"name": "x" * (1 << 17) + "x"}), ("BadRequest", {"description": "ä" * (1 << 17)}),
         ("BadRequest", {"sm_config": {"a": "\0"}}),
-        ("BadRequest", {"sm_config": {"a": "x" * 32768}}),
+        ("BadRequest", {"sm_config": {"a": "x" * 65536}}),
     ):  # fmt: skip
         with Unchanged(api):
             api.error(code, "POST", "/v1/vdis", {"size_bytes": 512, **fields})

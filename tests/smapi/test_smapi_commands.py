@@ -145,6 +145,7 @@ def test_sizes_that_are_none(alone, daemon, disk, size, number):
 @pytest.mark.parametrize("args, members, number", [
     ([], {}, 1),
     (["512", "", "", "", "maybe"], {}, 1),
+    (["512", "", "", "", "true", "yesterday"], {}, 1),
     (["512", "", "", "", "false", "", "", "TRUE"], {}, 1),
     (["512"], {"vdi_type": "floppy"}, 66),
     (["512"], {"vdi_uuid": "../../etc"}, 1),
@@ -244,7 +245,7 @@ def test_on_boot_is_known_before_anything_can_be_written(alone, daemon, disk, on
     for _ in range(2):
         alone.call("vdi_attach", ["true"], vdi=disk, vdi_on_boot=on_boot)
     assert [entry[2] for entry in daemon.writes()] == [
-        {"on_boot": on_boot}, *[{"client": "sm:" + HOST_REF, "writable": True}] * 2]
+        {"on_boot": on_boot}, *[{"client": "sm:" + HOST_REF, "writable": True, "exclusive": True}] * 2]
 
 
 def test_on_boot_is_not_touched_by_readers_and_by_what_does_not_say(alone, daemon, disk):
@@ -375,7 +376,7 @@ def test_uuid_or_location_alone_will_do(alone, disk, given):
 @pytest.mark.parametrize("command, args", [
     ("sr_scan", []), ("vdi_create", CREATE), ("vdi_delete", []), ("vdi_snapshot", []), ("vdi_clone", []),
     ("vdi_resize", ["2097152"]), ("vdi_compose", []), ("vdi_enable_cbt", []), ("vdi_disable_cbt", []),
-    ("vdi_data_destroy", []), ("vdi_list_changed_blocks", [])])
+    ("vdi_data_destroy", []), ("vdi_list_changed_blocks", []), ("vdi_revert", []), ("sr_delete", [])])
 def test_commands_for_the_master_on_another_host(alone, daemon, disk, command, args):
     alone.device_config["SRmaster"] = "false"
     assert alone.fault(command, args, vdi=None if command == "vdi_create" else disk).number == 58

@@ -130,6 +130,14 @@ def test_snapshots_of_one_vm_snapshot_carry_its_hint_and_the_vm(pool, xapi, daem
     assert stamp_sent(pool, daemon, disk, epochhint=hint) == {"group": hint}, "a disk that VMs share is of none"
 
 
+@pytest.mark.parametrize("command", ["vdi_snapshot", "vdi_clone"])
+def test_copy_tells_what_was_written_before_it(pool, xapi, daemon, disk, command):
+    """The copy itself changes nothing of the disk's utilisation, but xapi's row of it is from before the writes."""
+    xapi.tables["VDI"][disk.ref]["physical_utilisation"] = "0"
+    pool.call(command, vdi=disk, vdi_ref=disk.ref)
+    assert xapi.tables["VDI"][disk.ref]["physical_utilisation"] == str(daemon.vdis[disk]["physical_utilisation_bytes"])
+
+
 def test_clone(pool, xapi, daemon, snapshot):
     row = row_of(xapi, pool.call("vdi_clone", vdi=snapshot, vdi_ref=snapshot.ref)["uuid"])
     assert (row["is_a_snapshot"], row["snapshot_of"], row["snapshot_time"].value) == (
@@ -286,14 +294,15 @@ def test_scan_updates_what_differs_and_leaves_the_rest(pool, xapi, daemon, disk)
 
 def test_scan_respects_links_that_xapi_has_changed(pool, xapi, daemon, snapshot):
     """A clone-style VM.revert re-parents all snapshots to the new disk."""
-    elsewhere = new_ref()
+    elsewhere = xapi.add_vdi(new_ref(), "moved to another SR")
     xapi.tables["VDI"][snapshot.ref]["snapshot_of"] = elsewhere
     pool.call("sr_scan")
     assert xapi.tables["VDI"][snapshot.ref]["snapshot_of"] == elsewhere
 
 
-def test_scan_repairs_a_missing_link(pool, xapi, disk, snapshot):
-    xapi.tables["VDI"][snapshot.ref]["snapshot_of"] = NULL_REF
+@pytest.mark.parametrize("link", [NULL_REF, "", "OpaqueRef:of-a-row-that-is-gone"])
+def test_scan_repairs_a_link_that_leads_nowhere(pool, xapi, disk, snapshot, link):
+    xapi.tables["VDI"][snapshot.ref]["snapshot_of"] = link
     pool.call("sr_scan")
     assert xapi.tables["VDI"][snapshot.ref]["snapshot_of"] == disk.ref
 
@@ -389,6 +398,7 @@ def test_snapshot_with_memory_is_cloned_for_checkpoints(pool, xapi, disk, snapsh
     xapi.add_vbd(disk.ref)
     xapi.add_vbd(snapshot.ref, "Halted")
     assert revert()
+    xapi.tables["VDI"][snapshot.ref]["VBDs"].insert(0, new_ref())  # one that went meanwhile
     xapi.add_vbd(snapshot.ref, "Suspended")
     assert revert() is not clones
 

@@ -137,7 +137,7 @@ def test_disk_is_full(pool, xapi, daemon, command, args, about):
     path = SLOTS.get(command, "/v1/vdis/{vdi}/" + command[len("vdi_"):])
     daemon.failures["POST", path] = daemon_error(507, "NoSpace", 44, "the SR is full", "Delete something.")
     fault = world.send(pool, command, args, about)
-    assert fault.number == 44 and fault.text == "There is not enough space [opterr=the SR is full Delete something.]"
+    assert fault.number == 44 and fault.text == "There is not enough space [opterr=the SR is full. Delete something.]"
     assert {ref: dict(row) for ref, row in xapi.tables["VDI"].items()} == rows and daemon.vdis == vdis
 
 

@@ -108,6 +108,8 @@ def test_no_argument_at_all():
 @pytest.mark.parametrize("members", [
     {"args": "not an array"}, {"args": [["nested"]]}, {"args": [{}]}, {"device_config": "x"},
     {"device_config": {"socket": []}}, {"sr_uuid": []}, {"sr_uuid": None}, {"command": "sr_attach"}, {"host_ref": {}},
+    {"command": ""}, {"sr_ref": ["x"]}, {"session_ref": {}}, {"subtask_of": []}, {"vdi_ref": {}}, {"vdi_allow_caching": []},
+    {"driver_params": "x"}, {"sr_sm_config": {"key": []}},
 ])
 def test_members_of_the_wrong_type(alone, members):
     sent = {"command": "sr_detach", "args": [], "sr_uuid": SR_UUID, "host_ref": HOST_REF,
@@ -213,7 +215,7 @@ def test_failures_of_the_daemon_keep_their_number(alone, daemon, status, body, n
 
 def test_fault_text_has_message_and_hint(alone, daemon):
     daemon.failures["POST", "/v1/vdis"] = daemon_error(507, "NoSpace", 44, "full <&\x01\ud800>", "Delete.")
-    assert alone.fault("vdi_create", ["1048576"]).text == "There is not enough space [opterr=full <&??> Delete.]"
+    assert alone.fault("vdi_create", ["1048576"]).text == "There is not enough space [opterr=full <&??>. Delete.]"
 
 
 @pytest.mark.parametrize("key", [("GET", "/v1/srs"), ("POST", "/v1/vdis")])

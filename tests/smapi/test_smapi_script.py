@@ -75,8 +75,7 @@ def test_text_that_xml_can_carry(script):
 
 @pytest.mark.parametrize("text, expected", [
     ("2026-11-21T03:40:20Z", "20261121T03:40:20Z"), ("2026-11-21T03:40:20.123Z", "20261121T03:40:20Z"),
-    ("20261121T03:40:20Z", "20261121T03:40:20Z"), (None, "19700101T00:00:00Z"), ("", "19700101T00:00:00Z"),
-    ("yesterday", "19700101T00:00:00Z")])
+    ("20261121T03:40:20Z", "20261121T03:40:20Z"), (None, "19700101T00:00:00Z"), ("", "19700101T00:00:00Z")])
 def test_times(script, text, expected):
     assert script.xenapi_time(text) == expected
 

@@ -12,6 +12,7 @@ import uuid
 import pytest
 
 from simsrd_kit import Simsrd
+from smapi_fake_xapi import new_ref
 from smapi_kit import SR_UUID, Caller, read_plugin, start_plugin
 from smapi_wire import NIL, check_attach, check_vdi_info
 
@@ -142,6 +143,43 @@ def test_disk_can_be_renamed_while_attached(real_pool, xapi):
     xapi.tables["VDI"].clear()
     real_pool.call("sr_scan")
     assert next(iter(xapi.tables["VDI"].values()))["name_label"] == "renamed"
+
+
+@pytest.mark.parametrize("field", ["name_label", "name_description"])
+def test_texts_as_long_as_an_argument_can_be(real_pool, xapi, field):
+    """xapi itself has no limit, and sends vdi_update after every snapshot: with less, a disk could not have one any more."""
+    text = "ü" * 51_200
+    texts = [text, ""] if field == "name_label" else ["", text]
+    disk = check_vdi_info(real_pool.call("vdi_create", [str(MIB), *texts]))
+    ref, row = next(iter(xapi.tables["VDI"].items()))
+    assert row[field] == text
+    snapshot = check_vdi_info(real_pool.call("vdi_snapshot", vdi=disk, vdi_ref=ref))
+    assert real_pool.call("vdi_update", vdi=snapshot) is NIL
+    assert real_pool.call("vdi_revert", [disk], vdi=snapshot) is NIL
+    xapi.tables["VDI"].clear()
+    real_pool.call("sr_scan")
+    assert [row[field] for row in xapi.tables["VDI"].values()] == [text] * 2
+
+
+def test_vm_moves_to_another_host(real_pool, xapi):
+    """Both have the disk attached for a moment; the activation key says which of them has it in use."""
+    disk = create(real_pool)
+    here, there = {"host_ref": xapi.add_host()}, {"host_ref": xapi.add_host()}
+    real_pool.device_config["activate_wait_s"] = "0.05"
+    check_attach(real_pool.call("vdi_attach", ["true"], vdi=disk, **here))
+    assert real_pool.call("vdi_activate", ["true"], vdi=disk, **here) is NIL
+    check_attach(real_pool.call("vdi_attach", ["true"], vdi=disk, **there))
+    assert real_pool.fault("vdi_activate", ["true"], vdi=disk, **there).number == 46
+    assert real_pool.call("vdi_deactivate", vdi=disk, **here) is NIL
+    assert real_pool.call("vdi_activate", ["true"], vdi=disk, **there) is NIL
+    assert real_pool.call("vdi_detach", vdi=disk, **here) is NIL
+    assert real_pool.fault("vdi_delete", vdi=disk).number == 24
+
+
+def test_without_xapi_nobody_shares_a_disk_for_writing(real):
+    disk = create(real)
+    check_attach(real.call("vdi_attach", ["true"], vdi=disk))
+    assert real.fault("vdi_attach", ["true"], vdi=disk, host_ref=new_ref()).number == 24
 
 
 def test_sr_that_cannot_be_opened(own, simsrd):
@@ -306,9 +344,9 @@ def test_changed_blocks_outlive_the_data(real):
     second = check_vdi_info(real.call("vdi_snapshot", vdi=disk))
     for _ in range(2):
         assert real.call("vdi_data_destroy", vdi=first) is NIL
-    assert real.fault("vdi_attach", ["false"], vdi=first).number == 46
-    assert real.fault("vdi_revert", [disk], vdi=first).number == 46
-    assert real.fault("vdi_data_destroy", vdi=disk).number == 46
+    assert real.fault("vdi_attach", ["false"], vdi=first).number == 66
+    assert real.fault("vdi_revert", [disk], vdi=first).number == 66
+    assert real.fault("vdi_data_destroy", vdi=disk).number == 66
     qemu_io(real, disk, "write -P 0x33 2031616 64k")
     answer = real.call("vdi_list_changed_blocks", [disk], vdi=first)
     assert base64.b64decode(answer).hex() == "40000001"

@@ -1,5 +1,7 @@
 """Making, deleting, resizing and updating VDIs and the SR; what is refused, and that a refusal leaves nothing behind."""
 
+import json
+
 import pytest
 from sr_kit import BLOCK, SR_UUID, WIDE, World, check, content, fill, photo, unchanged
 
@@ -8,7 +10,7 @@ from simsr.sr.repository import SIZE_MAX_BYTES, SM_CONFIG_MAX, TEXT_MAX, check_u
 from simsr.sr.vdi import VDI_TYPES
 
 GOOD_TEXTS = ["", " ", "a/b", "../..", "ä漢字🙂", "\n\t\x01\x7f", "'\"\\{}%s", "x" * TEXT_MAX, "ä" * (TEXT_MAX // 2), "\uffff"]
-BAD_TEXTS = ["\0", "a\0b", "\ud800", "a\udfff", "x" * (TEXT_MAX + 1), "x" * 5000, "ä" * (TEXT_MAX // 2 + 1)]
+BAD_TEXTS = ["\0", "a\0b", "\ud800", "a\udfff", "x" * (TEXT_MAX + 1), "\n" * (TEXT_MAX // 2 + 1), "ä" * (TEXT_MAX // 2 + 1)]
 BAD_SM_CONFIGS = [
     {"key": "x" * SM_CONFIG_MAX}, {"x" * SM_CONFIG_MAX: "y"}, {f"{key:05}": "x" * 95 for key in range(SM_CONFIG_MAX // 100 + 1)},
     {"a\0": "b"}, {"a": "b\0"}, {"\ud800": "b"}, {"a": "\ud800"},
@@ -131,9 +133,9 @@ def test_bad_sm_configs_are_refused_everywhere(sr, disk, sm_config):
 @pytest.mark.parametrize("character", ["x", "\x01", "ä", "🙂", '"'])
 def test_the_largest_metadata_fits_into_one_record(character):
     world = World(WIDE)
-    width = len(character.encode())
+    width = len(json.dumps(character, ensure_ascii=False).encode()) - 2
     text = character * (TEXT_MAX // width)
-    sm_config = {"k" * 768: character * (32000 // width)}
+    sm_config = {"k" * 768: character * ((SM_CONFIG_MAX - 768) // width)}
     vdi = world.repository.create(512, name=text, description=text, sm_config=sm_config)
     snapshot = world.repository.snapshot(vdi)
     for sr in (world.repository, world.kill(), world.reopen()):
@@ -336,6 +338,17 @@ def test_update_cannot_take_back_what_two_writers_share(sr, disk):
     sr.update(disk, sharable=False)
     with unchanged(sr), pytest.raises(VdiInUse):
         sr.attach(disk, "a", "a", True, "attach")
+
+
+@pytest.mark.parametrize("first, second", [(True, True), (True, False), (False, True), (False, False)])
+def test_hosts_that_agree_elsewhere_who_writes(sr, disk, first, second):
+    sr.attach(disk, "a", "a", True, "attach", exclusive=first)
+    if first or second:
+        with unchanged(sr), pytest.raises(VdiInUse):
+            sr.attach(disk, "b", "b", True, "attach", exclusive=second)
+    else:
+        sr.attach(disk, "b", "b", True, "attach", exclusive=False)
+        assert [attachment.client for attachment in disk.attachments.values()] == ["a", "b"]
 
 
 def test_update_self(world, sr):
