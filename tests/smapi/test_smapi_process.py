@@ -277,14 +277,16 @@ def test_nobody_reads_the_answer():
     process.stderr.close()
 
 
-def test_termination_signal_ends_it(alone, daemon):
-    """xapi sees a signal as what it is; nothing is left running."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_ends_it_with_a_fault(alone, daemon, number):
+    """The exit status is 0 also then, and what was begun in this host is cleared up (test_smapi_devices.py)."""
     daemon.before["GET", "/v1/srs"] = daemon.hang
     process = start_plugin(alone.document("sr_attach"))
     assert daemon.hung.wait(timeout=120)
-    process.terminate()
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == -signal.SIGTERM and output == b""
+    process.send_signal(number)
+    with pytest.raises(smapi_wire.Fault) as caught:
+        read_plugin(process)
+    assert caught.value.number == 202 and "sr_attach was ended by a signal" in caught.value.text
 
 
 def test_under_the_observer(folder):
