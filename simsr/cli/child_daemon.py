@@ -15,6 +15,7 @@ import tempfile
 import time
 
 from simsr.cli.failures import StartFailed
+from simsr.cli.interrupts import interrupts_later
 from simsr.cli.output import complain
 
 __all__ = ["ChildDaemon", "short_temporary_directory"]
@@ -46,17 +47,20 @@ class ChildDaemon:
     def __init__(self, root: str, *, show_log: bool = False) -> None:
         self.root = root
         self._log = tempfile.TemporaryFile()
-        self.process = subprocess.Popen(
-            [*(END_WITH_PARENT if shutil.which("setpriv") else []), *DAEMON, "--root", root],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=None if show_log else self._log,
-            process_group=0,
-        )
+        child = None
         try:
+            with interrupts_later():
+                child = self.process = subprocess.Popen(
+                    [*(END_WITH_PARENT if shutil.which("setpriv") else []), *DAEMON, "--root", root],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=None if show_log else self._log,
+                    process_group=0,
+                )
             self.socket = self._socket_when_ready()
         except BaseException:
-            self.stop()
+            if child is not None:
+                self.stop()
             raise
 
     def __enter__(self) -> ChildDaemon:

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from simsr.cli.failures import FileFailure, ToolMissing
+from simsr.cli.interrupts import interrupts_later
 
 __all__ = ["image_info", "files_named_inside", "convert", "MANY_COROUTINES"]
 
@@ -28,7 +28,6 @@ MANY_COROUTINES = ["-m", "8"]
 
 STOP_TIMEOUT_S = 30.0
 
-_INTERRUPTS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 _PROGRESS = re.compile(rb"\((\d+\.\d+)/100%\)")
 
 
@@ -66,26 +65,22 @@ def convert(arguments: list[str], *, action: str, path: str, size_bytes: int) ->
     command = [_qemu_img(action), "convert", "-p", *MANY_COROUTINES, *arguments]
     with tempfile.TemporaryFile() as complaints, _progress_bar(action, path, size_bytes) as show:
         child = None
-        # A Ctrl-C between the child's birth and our knowing it would leave it running.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)
         try:
-            child = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=complaints,
-                env=_c_locale(),
-                process_group=0,
-                preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, mask),
-            )
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            with interrupts_later():
+                child = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=complaints,
+                    env=_c_locale(),
+                    process_group=0,
+                )
             assert child.stdout is not None
             with child.stdout as output:
                 for percent in _percentages(output.fileno()):
                     show(percent)
             status = child.wait()
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             if child is not None:
                 _stop(child)
         complaints.seek(0)

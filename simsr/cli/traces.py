@@ -260,17 +260,22 @@ def _disk(client: Client, vdi: str | None, scratch: str | None, sr: str | None) 
 def _follow(client: Client, path: str, body: dict[str, Any], quiet: bool) -> tuple[dict[str, Any], bool]:
     """Its last state, and whether somebody ended it."""
     state: dict[str, Any] = {}
+    told = False
 
     def end() -> None:
-        if not state:
-            raise KeyboardInterrupt
-        with contextlib.closing(Client(client.socket_path)) as other:
-            other.delete(client.path_of("replays", str(state["replay"])))
+        """Before we know which replay it is it may be under way already: then it is ended as soon as we do."""
+        nonlocal told
+        if state and not told:
+            told = True
+            with contextlib.closing(Client(client.socket_path)) as other:
+                other.delete(client.path_of("replays", str(state["replay"])))
 
     shows = not quiet and sys.stderr.isatty()
     with _ending(end) as came, client.stream("POST", path, body) as lines:
         for line in lines:
             state.update(json.loads(line))
+            if came:
+                end()
             if shows:
                 lag = f"lag {_ms(state['lag_p99_ns'])} ms" if state["paced"] else ""
                 print(f"\r{state['seconds']:8.1f} s  {state['issued']} requests  {lag}\x1b[K", end="", file=sys.stderr, flush=True)

@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import signal
+import subprocess
 import sys
 import termios
 import threading
@@ -110,6 +111,22 @@ def test_ctrl_c_while_it_starts_leaves_nothing(start_simsr, temporary):
     os.killpg(child.pid, signal.SIGINT)
     out, err = child.communicate(timeout=120)
     assert (child.returncode, out, err) == (130, "", "")
+    assert not daemons_on(temporary)
+
+
+def test_ctrl_c_while_the_daemon_is_born_leaves_nothing(simsr, temporary, monkeypatch):
+    popen = subprocess.Popen
+
+    def interrupted(*arguments, **options):
+        child = popen(*arguments, **options)
+        signal.raise_signal(signal.SIGINT)
+        return child
+
+    monkeypatch.setattr(child_daemon.subprocess, "Popen", interrupted)
+    with monkeypatch.context() as patched:
+        patched.setattr("tempfile.tempdir", str(temporary))
+        done = simsr("run", "--size", "1M", "--", "true")
+    assert (done.status, done.err) == (130, "")
     assert not daemons_on(temporary)
 
 

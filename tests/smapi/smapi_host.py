@@ -78,7 +78,7 @@ def end(pid):
         os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:
         return
-    for _ in range(500):
+    for _ in range(12_000):
         try:
             with open("/proc/%d/stat" % pid) as file:
                 if file.read().rpartition(") ")[2][0] in "ZX":

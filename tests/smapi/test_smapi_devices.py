@@ -62,11 +62,10 @@ def kinds(caller, vdi):
 
 
 def wait_for(condition):
-    for _ in range(500):
-        if condition():
-            return
+    give_up = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < give_up, "it did not happen"
         time.sleep(0.01)
-    raise AssertionError("it did not happen")
 
 
 def start(caller, vdi, writable="true"):

@@ -1,5 +1,6 @@
 """The process around every command: arguments, exit status, standard output, hostile requests, absent partners."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -25,6 +26,8 @@ SR_COMMANDS = {
     "sr_probe": [], "sr_create": ["0"], "sr_delete": [], "sr_attach": [], "sr_detach": [], "sr_scan": [],
     "sr_update": [], "vdi_create": ["1048576", "", "", "", "false", "19700101T00:00:00Z", "", "false"],
 }
+
+DEADLINES_S = ("0.3", "3", "30")  # until what is asked before the one that hangs is answered in time
 
 DRIVER_INFO = smapi_wire.request("sr_get_driver_info", {
     "host_ref": "OpaqueRef:NULL", "command": "sr_get_driver_info", "args": [], "device_config": {}})
@@ -221,24 +224,32 @@ def test_fault_text_has_message_and_hint(alone, daemon):
 @pytest.mark.parametrize("key", [("GET", "/v1/srs"), ("POST", "/v1/vdis")])
 def test_deadline_when_the_daemon_hangs(alone, daemon, key):
     daemon.before[key] = daemon.hang
-    alone.device_config["deadline_s"] = "0.3"
-    fault = alone.fault("vdi_create", ["1048576"])
-    assert fault.number == 47 and "in time" in fault.text
+    for alone.device_config["deadline_s"] in DEADLINES_S:
+        fault = alone.fault("vdi_create", ["1048576"])
+        assert fault.number == 47 and "in time" in fault.text
+        if daemon.hung.is_set():
+            break
     assert daemon.hung.is_set()
 
 
 def test_deadline_when_xapi_hangs(pool, xapi):
-    pool.device_config["deadline_s"] = "0.3"
     xapi.before["VDI.db_introduce"] = xapi.hang
-    assert pool.fault("vdi_create", ["1048576"]).number == 154
+    for pool.device_config["deadline_s"] in DEADLINES_S:
+        number = pool.fault("vdi_create", ["1048576"]).number
+        if xapi.hung.is_set():
+            break
+    assert number == 154
 
 
 def test_deadline_holds_for_clearing_up_as_well(pool, xapi, daemon):
-    pool.device_config["deadline_s"] = "0.3"
-    xapi.before["SR.set_virtual_allocation"] = xapi.hang
-    xapi.before["SR.set_physical_size"] = xapi.hang
-    xapi.before["SR.set_physical_utilisation"] = xapi.hang
-    smapi_wire.check_vdi_info(pool.call("vdi_create", ["1048576"]))
+    for command in ("SR.set_virtual_allocation", "SR.set_physical_size", "SR.set_physical_utilisation"):
+        xapi.before[command] = xapi.hang
+    for pool.device_config["deadline_s"] in DEADLINES_S:
+        with contextlib.suppress(smapi_wire.Fault):
+            smapi_wire.check_vdi_info(pool.call("vdi_create", ["1048576"]))
+            break
+    else:
+        raise AssertionError("the disk was made, and what came behind failed it")
 
 
 def test_stray_prints_do_not_reach_the_answer(folder):

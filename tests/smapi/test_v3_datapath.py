@@ -1,10 +1,11 @@
 """The datapath scripts of the SMAPIv3 plug-in against a real simsrd."""
 
 import socket as sockets
+import tempfile
 
 import pytest
 
-from simsr.cli.child_daemon import ChildDaemon, short_temporary_directory
+from simsr.cli.child_daemon import ChildDaemon
 from v3_kit import DATAPATH, SCHEME, ScriptError, Volumes, call, nbd_io, qemu_io
 
 MIB = 1 << 20
@@ -13,7 +14,7 @@ VM, OTHER_VM, DOM0 = "5", "6", "u0-OpaqueRef_1f6b0c55_0d4b"
 
 @pytest.fixture(scope="module")
 def daemon():
-    with ChildDaemon(short_temporary_directory("simsr-v3-")) as daemon:
+    with tempfile.TemporaryDirectory(prefix="simsr-") as root, ChildDaemon(root) as daemon:
         yield daemon
 
 
@@ -149,8 +150,8 @@ def test_uris_that_name_no_volume(uri):
     assert caught.value.code == "SR_BACKEND_FAILURE_1" and "nbd+simsr:///UUID/UUID" in caught.value.text
 
 
-def test_what_happens_when_simsrd_dies_and_comes_back():
-    root = short_temporary_directory("simsr-v3-")
+def test_what_happens_when_simsrd_dies_and_comes_back(folder):
+    root = str(folder)
     with ChildDaemon(root) as daemon:
         volumes = Volumes(daemon.socket)
         disk = volumes.create()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from vm_kit import Boot
 
-from simsr.cli.child_daemon import ChildDaemon, short_temporary_directory
+from simsr.cli.child_daemon import ChildDaemon
 from simsr.cli.client import Client
 
 PREPARED = os.environ.get("SIMSR_VM_DIR")
@@ -32,7 +33,7 @@ def boot(tmp_path_factory) -> Boot:
 @pytest.fixture(scope="module")
 def daemon() -> Iterator[ChildDaemon]:
     """A simsrd."""
-    with ChildDaemon(short_temporary_directory("simsr-vm-")) as daemon:
+    with tempfile.TemporaryDirectory(prefix="simsr-") as root, ChildDaemon(root) as daemon:
         yield daemon
         assert daemon.stop() == 0
 

@@ -309,13 +309,14 @@ def test_operations_under_way_are_shown_where_clients_look(wrapped_world, plan):
     sr = world.shared_sr("odd")
     disk = world.vdi(sr)
     snapshot = x.VDI.snapshot(disk, {})
-    plan.set(vdi_revert=[{"sleep": 0.5}])
+    plan.set(vdi_revert=[{"hold": True}])
     task = x.Async.VDI.revert(snapshot)
     while "vdi_revert" not in plan.commands():
         time.sleep(0.01)
     assert [list(x.VDI.get_current_operations(vdi).values()) for vdi in (snapshot, disk)] == [["revert_to"], ["revert_from"]]
     assert x.SR.get_current_operations(sr) == {task: "vdi_revert"}
     assert x.SR.get_allowed_operations(sr) == ["plug"]
+    plan.release()
     assert world.wait_task(task)["status"] == "success"
     for cls, ref in (("VDI", snapshot), ("VDI", disk), ("SR", sr)):
         assert getattr(x, cls).get_current_operations(ref) == {}

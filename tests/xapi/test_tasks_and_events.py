@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import trio
@@ -80,7 +80,7 @@ def test_tasks_of_clients(upstream):
 def test_cancelling_what_waits_for_its_turn(wrapped_world, plan):
     world, x = wrapped_world, wrapped_world.x
     sr = world.shared_sr("odd")
-    plan.set(sr_scan=[{"sleep": 0.7}])
+    plan.set(sr_scan=[{"hold": True}])
     first = x.Async.SR.scan(sr)
     while "sr_scan" not in plan.commands():
         time.sleep(0.01)
@@ -89,6 +89,7 @@ def test_cancelling_what_waits_for_its_turn(wrapped_world, plan):
     assert world.wait_task(second)["error_info"] == ["TASK_CANCELLED", second]
     assert x.task.get_status(second) == "cancelled"
     x.task.cancel(first)
+    plan.release()
     assert world.wait_task(first)["status"] == "success", "one that works finishes"
     assert plan.commands().count("sr_scan") == 1
 
@@ -98,11 +99,12 @@ def test_cancelled_snapshot_leaves_nothing_behind(wrapped_world, plan):
     sr = world.sr("cancelled", "odd")
     disks = {world.vdi(sr), world.vdi(sr)}
     vm = world.vm("cancelled", tuple(disks))
-    plan.set(vdi_snapshot=[{"sleep": 0.7}])
+    plan.set(vdi_snapshot=[{"hold": True}])
     task = x.Async.VM.snapshot(vm, "s")
     while "vdi_snapshot" not in plan.commands():
         time.sleep(0.01)
     x.task.cancel(task)
+    plan.release()
     assert world.wait_task(task)["error_info"] == ["TASK_CANCELLED", task]
     assert set(x.SR.get_VDIs(sr)) == disks and x.VM.get_snapshots(vm) == []
 
@@ -167,13 +169,14 @@ def test_a_change_of_a_vbd_is_one_of_its_vm_and_vdi(upstream, native_sr):
 def test_waiting_for_an_event(upstream):
     x = upstream.x
     token = x.event_from(["pool"], "", 0.0)["token"]
-    timer = threading.Timer(0.3, lambda: other.xenapi.pool.set_name_label(pool, "awake"))
     other, pool = upstream.xapi.session(), x.pool.get_all()[0]
-    timer.start()
-    begin = time.monotonic()
-    [event] = x.event_from(["pool"], token, 20.0)["events"]
-    assert 0.2 < time.monotonic() - begin < 15 and event["snapshot"]["name_label"] == "awake"
-    timer.join()
+    with ThreadPoolExecutor(1) as executor:
+        waiting = executor.submit(x.event_from, ["pool"], token, 600.0)
+        time.sleep(0.2)
+        assert not waiting.done()
+        other.xenapi.pool.set_name_label(pool, "awake")
+        [event] = waiting.result(timeout=120)["events"]
+    assert event["snapshot"]["name_label"] == "awake"
     other.logout()
     other("close")()
 

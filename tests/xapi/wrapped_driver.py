@@ -2,7 +2,7 @@
 
 The wrapper is an executable of its own, which also shows that xapi runs any driver. ``plan.json`` beside it has for a command the
 list of what its next calls get: null is SimSR's answer, a number is a fault, text is the answer's value, {"signal": 9} and
-{"exit": 1} end the process, {"raw": "..."} is printed as it is. Before SimSR's answer, {"sleep": 1} delays it, {"together": 4} waits
+{"exit": 1} end the process, {"raw": "..."} is printed as it is. Before SimSR's answer, {"hold": true} waits for `Plan.release`, {"together": 4}
 until so many calls wait, {"kill": "simsrd"} or "xapi" kills that server; {"kill_after": ...} does it once SimSR has done its work.
 Every call is a line in ``calls.txt``. Without a plan the wrapper costs next to nothing: it becomes SimSR.
 """
@@ -61,17 +61,19 @@ if "signal" in step or "exit" in step:
     if "signal" in step:
         os.kill(os.getpid(), step["signal"])
     sys.exit(step["exit"])
-if "sleep" in step:
-    time.sleep(step["sleep"])
+def wait_until(true):
+    give_up = time.monotonic() + 120
+    while not true():
+        if time.monotonic() > give_up:
+            sys.exit(1)
+        time.sleep(0.02)
+if "hold" in step:
+    wait_until(lambda: os.path.exists(os.path.join(HERE, "released")))
 if "kill" in step:
     kill(step["kill"])
 if "together" in step:
     open(os.path.join(HERE, "waits.%%d" %% os.getpid()), "w").close()
-    give_up = time.monotonic() + 120
-    while sum(name.startswith("waits.") for name in os.listdir(HERE)) < step["together"]:
-        if time.monotonic() > give_up:
-            sys.exit(1)
-        time.sleep(0.02)
+    wait_until(lambda: sum(name.startswith("waits.") for name in os.listdir(HERE)) >= step["together"])
 done = subprocess.run([REAL, request], stdout=subprocess.PIPE).stdout.decode()
 if "kill_after" in step:
     kill(step["kill_after"])
@@ -97,11 +99,16 @@ class Plan:
 
     def set(self, **steps: list[Any]) -> None:
         """Plan for the commands named; the plan there was is gone."""
+        (self._folder / "released").unlink(missing_ok=True)
         path = self._folder / "plan.json"
         if steps:
             path.write_text(json.dumps(steps))
         else:
             path.unlink(missing_ok=True)
+
+    def release(self) -> None:
+        """Let those go on that were told to "hold", and all that will be until the next plan."""
+        (self._folder / "released").touch()
 
     def forget_calls(self) -> None:
         (self._folder / "calls.txt").write_text("")
