@@ -144,20 +144,20 @@ class Engine:
             with contextlib.suppress(trio.RunFinishedError):
                 token.run_sync_soon(self._flush_ended, job, result)
 
-        threads.start_thread_soon(job.run, deliver, "simsr flush")
+        threads.start_thread_soon(job.run, deliver)
 
     def _flush_ended(self, job: FlushJob, result: Outcome) -> None:
         self._flush_job = None
         error = getattr(result, "error", None)
         try:
-            self.store.end_flush(job, error)
+            self.store.end_flush(job, error, self._answer_waiters)
         except StoreStopped as stopped:
             log.error("%s. %s", stopped, stopped.hint)
             self._answer_waiters(stopped)
         else:
             self._answer_waiters(None)
 
-    def _answer_waiters(self, error: Exception | None) -> None:
+    def _answer_waiters(self, error: Exception | None = None) -> None:
         durable_seq = self.store.log.durable_seq
         waiters, self._flush_waiters = self._flush_waiters, []
         for waiter in waiters:

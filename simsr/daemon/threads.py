@@ -24,7 +24,7 @@ class Threads(Protocol):
     async def run(self, call: Callable[[], _Result], limiter: trio.CapacityLimiter | None) -> _Result:
         """As `trio.to_thread.run_sync`: not cancelled once it has begun."""
 
-    def start(self, call: Callable[[], object], deliver: Callable[[Outcome], object], name: str) -> None:
+    def start(self, call: Callable[[], object], deliver: Callable[[Outcome], object]) -> None:
         """As `trio.lowlevel.start_thread_soon`."""
 
 
@@ -34,8 +34,8 @@ class _Workers:
     async def run(self, call: Callable[[], _Result], limiter: trio.CapacityLimiter | None) -> _Result:
         return await trio.to_thread.run_sync(call, limiter=limiter)
 
-    def start(self, call: Callable[[], object], deliver: Callable[[Outcome], object], name: str) -> None:
-        trio.lowlevel.start_thread_soon(call, deliver, name)
+    def start(self, call: Callable[[], object], deliver: Callable[[Outcome], object]) -> None:
+        trio.lowlevel.start_thread_soon(call, deliver)  # without a name: to give it and take it back delays every flush
 
 
 _threads: trio.lowlevel.RunVar[Threads] = trio.lowlevel.RunVar("simsr threads", default=_Workers())
@@ -51,6 +51,6 @@ async def run_sync(call: Callable[..., _Result], *arguments: object, limiter: tr
     return await _threads.get().run(partial(call, *arguments) if arguments else call, limiter)
 
 
-def start_thread_soon(call: Callable[[], object], deliver: Callable[[Outcome], object], name: str) -> None:
+def start_thread_soon(call: Callable[[], object], deliver: Callable[[Outcome], object]) -> None:
     """``deliver(outcome of call())``, both in a worker thread. No task waits for it."""
-    _threads.get().start(call, deliver, name)
+    _threads.get().start(call, deliver)

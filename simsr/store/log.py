@@ -173,8 +173,9 @@ class Log:
             return None
         return FlushJob(self.seq, [segment.file for segment in self._unsynced], self)
 
-    def end_flush(self, job: FlushJob, error: BaseException | None = None) -> None:
-        """Note that ``job`` has run. With an ``error`` the log stops, and `StoreStopped` is raised."""
+    def end_flush(self, job: FlushJob, error: BaseException | None = None, durable: Callable[[], None] | None = None) -> None:
+        """Note that ``job`` has run. With an ``error`` the log stops, and `StoreStopped` is raised. ``durable`` is called as soon as
+        `durable_seq` says so, before the MARK, for which nobody has to wait."""
         if error is not None:
             raise self.stop(error) from error
         self.raise_if_stopped()
@@ -183,6 +184,8 @@ class Log:
         self.durable_seq = job.seq
         self.flushes += 1
         self._unsynced = {segment: None for segment in self._unsynced if segment.last_seq > job.seq}
+        if durable is not None:
+            durable()
         if self.room(freeing=True)[1] >= layout.RECORD_BYTES:  # also when more was appended meanwhile: nothing may follow it
             self.append(layout.MARK, 0, b"")
 

@@ -430,8 +430,8 @@ class Store:
     def begin_flush(self) -> FlushJob | None:
         return self.log.begin_flush()
 
-    def end_flush(self, job: FlushJob, error: BaseException | None = None) -> None:
-        self.log.end_flush(job, error)
+    def end_flush(self, job: FlushJob, error: BaseException | None = None, durable: Callable[[], None] | None = None) -> None:
+        self.log.end_flush(job, error, durable)
 
     def flush(self) -> None:
         """Make everything written so far durable. Blocks."""

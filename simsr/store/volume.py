@@ -13,7 +13,8 @@ Blocks of zeros are stored as holes: the checksum of a zero block is known, so f
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 from crc32c import crc32c
@@ -34,6 +35,8 @@ _BLOCK_SHIFT = 12
 _BLOCK_MASK = BLOCK - 1
 _ZERO_CRC_BYTES = ZERO_CRC.to_bytes(4, "little")
 _VECTOR_MIN = 8  # from this many blocks on numpy beats a loop
+_SLICES_BYTES = 1 << 20
+_SLICES = [slice(at, at + BLOCK) for at in range(0, _SLICES_BYTES, BLOCK)]
 
 Write = tuple[int, int, memoryview | None]
 """(offset in bytes, length in bytes, the data or None for zeros)"""
@@ -43,6 +46,13 @@ Fetched = dict[int, tuple[int, bytes]]
 
 _Run = tuple[Segment | None, int, int, int]
 """(segment or None for a hole, byte offset in its file, byte offset in the request, length in bytes)"""
+
+
+def block_crcs(view: memoryview) -> Iterator[int]:
+    """The CRC-32C of each block of ``view``, which is whole blocks. Costs 0.3 µs a block, most of it for the bytes: no Python is run
+    for a block, and what stands for it is gone before the next."""
+    slices = _SLICES if len(view) <= _SLICES_BYTES else [slice(at, at + BLOCK) for at in range(0, len(view), BLOCK)]
+    return map(crc32c, map(view.__getitem__, islice(slices, len(view) >> _BLOCK_SHIFT)))
 
 
 class ReadJob:
@@ -116,8 +126,6 @@ class Volume:
         self._shift = pool.geometry.segment_shift
         self._block_mask = pool.geometry.segment_blocks - 1
         self.map = ExtentMap(table, ident)
-        self._cut_view: memoryview | None = None
-        self._cut: list[memoryview] = []
         self.size_bytes = 0
         self.modified_ns = 0  # when it was written last, as those who write tell; not kept on disk
         self.resize(size_bytes)
@@ -231,15 +239,9 @@ class Volume:
         file = self._pool.by_slot[first >> self._shift].file
         if not file.read_cached(view, (first & self._block_mask) << _BLOCK_SHIFT):
             return False
-        if self._pool.verify_reads and list(map(crc32c, self._blocks_of(view))) != wanted:
+        if self._pool.verify_reads and list(block_crcs(view)) != wanted:
             self._verify(view, np.frombuffer(slots[index : index + count], dtype=np.uint64), offset)
         return True
-
-    def _blocks_of(self, view: memoryview) -> list[memoryview]:
-        """``view`` cut into blocks; remembered, because a connection reads into the same buffer again and again."""
-        if self._cut_view is not view:
-            self._cut_view, self._cut = view, [view[at : at + BLOCK] for at in range(0, len(view), BLOCK)]
-        return self._cut
 
     def _read_long(self, offset: int, view: memoryview) -> bool:
         start = offset & ~_BLOCK_MASK
@@ -297,7 +299,7 @@ class Volume:
         return runs
 
     def _verify(self, target: memoryview, entries: np.ndarray, start: int) -> None:
-        found = list(map(crc32c, [target[at : at + BLOCK] for at in range(0, len(target), BLOCK)]))
+        found = list(block_crcs(target))
         wanted = (entries >> 32).tolist()
         if found != wanted:
             physical = (entries & PHYSICAL_MASK).tolist()
@@ -542,7 +544,7 @@ class _Gather:
         self.bytes_left -= 12
 
     def add_blocks(self, block: int, view: memoryview) -> None:
-        crcs = array("I", map(crc32c, [view[at : at + BLOCK] for at in range(0, len(view), BLOCK)]))
+        crcs = array("I", block_crcs(view))
         if _ZERO_CRC_BYTES not in crcs.tobytes():
             self._add_run(block, crcs, view)
             return

@@ -127,7 +127,7 @@ class Turns:
         async with limiter:
             return (await self._work(call)).unwrap()
 
-    def start(self, call: Callable[[], object], deliver: Callable[[outcome.Outcome], object], name: str) -> None:
+    def start(self, call: Callable[[], object], deliver: Callable[[outcome.Outcome], object]) -> None:
         async def task() -> None:
             deliver(await self._work(call))
 

@@ -106,6 +106,31 @@ def test_flush_covers_what_was_there_when_it_began():
     assert everything(after.volumes[1]) == everything(volume)
 
 
+def test_who_waits_for_a_flush_is_told_before_its_mark_is_written():
+    directory, store = make()
+    volume = disk(store, 40)
+    put(volume, 0, content(1))
+    job = store.begin_flush()
+    job.run()
+    told: list[tuple[int, int]] = []
+    store.end_flush(job, durable=lambda: told.append((store.log.durable_seq, store.log.seq)))
+    assert told == [(job.seq, job.seq)]
+    assert [record.kind for record in records_on_disk(directory)][-1] == layout.MARK
+    assert store.log.seq == job.seq + 1
+    assert store.begin_flush() is None
+
+
+def test_who_waits_for_a_flush_that_failed_is_not_told_that_it_is_durable():
+    _, store = make()
+    volume = disk(store, 40)
+    put(volume, 0, content(1))
+    job = store.begin_flush()
+    told: list[int] = []
+    with pytest.raises(StoreStopped):
+        store.end_flush(job, OSError(errno.EIO, "injected"), lambda: told.append(1))
+    assert not told
+
+
 def test_flushes_may_end_in_any_order():
     directory, store = make()
     volume = disk(store, 100)
