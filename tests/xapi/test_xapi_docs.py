@@ -27,7 +27,7 @@ def session():
 
 def run(script: str) -> subprocess.CompletedProcess:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    script = "trap 'kill $simsrd $xapi 2>/dev/null; wait; rm -rf ${dir:-/nonexistent}' EXIT\n" + script
+    script = "trap 'kill $simsrd $xapi 2>/dev/null || true; wait; rm -rf ${dir:-/nonexistent}' EXIT\n" + script
     return subprocess.run(
         ["bash", "-eu", "-c", script], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PATH": path}, timeout=120
     )
