@@ -360,6 +360,26 @@ def test_revert_tells_whether_changed_blocks_are_still_tracked(pool, xapi, daemo
     assert xapi.tables["VDI"][disk.ref]["cbt_enabled"] is False
 
 
+@pytest.mark.parametrize(("wish", "sent"), [
+    ("commit", {"mode": "commit"}), ("discard", {"discard": True}), ("follow:{tip}", {"mode": "follow"}),
+])
+def test_revert_does_what_other_config_wants_once(pool, xapi, daemon, disk, snapshot, wish, sent):
+    tip = daemon.add_snapshot(str(disk))
+    xapi.tables["VDI"][disk.ref]["other_config"] = {"simsr-revert": wish.format(tip=tip), "mine": "1"}
+    for expected, node in ((sent, tip if "follow" in wish else snapshot), ({}, snapshot)):
+        pool.call("vdi_revert", [disk.ref], vdi=snapshot)
+        assert daemon.writes()[-1] == ("POST", f"/v1/vdis/{node}/revert", dict(expected, target=str(disk)))
+        assert xapi.tables["VDI"][disk.ref]["other_config"] == {"mine": "1"}
+
+
+@pytest.mark.parametrize("wish", ["", "reset ", "follow", "follow:", "follow:../x"])
+def test_revert_refuses_a_wish_that_it_does_not_know(pool, xapi, daemon, disk, snapshot, wish):
+    xapi.tables["VDI"][disk.ref]["other_config"] = {"simsr-revert": wish}
+    fault = pool.fault("vdi_revert", [disk.ref], vdi=snapshot)
+    assert fault.number == 1 and "simsr-revert" in fault.text
+    assert not daemon.writes() and xapi.tables["VDI"][disk.ref]["other_config"] == {"simsr-revert": wish}
+
+
 # --- vdi_revert: the safety valves ---
 
 @pytest.fixture
