@@ -255,6 +255,11 @@ class Disk(Gated):
         if self._on_write is not None:
             self.write = self._first_write
 
+    @property
+    def may_cache(self) -> bool:
+        """Whether it belongs to a client that may go on believing what it has read: not to the daemon, nor to a reader through FUSE."""
+        return self.changed is not None or self._on_write is not None
+
     def _first_write(self, batch: Sequence[Write]) -> int:
         self._about_to_write()
         return self.write(batch)

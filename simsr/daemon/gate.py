@@ -20,7 +20,10 @@ __all__ = ["Gate", "Gated"]
 
 
 class Gate:
-    """One closing of the gates of some disks. ``failing``: requests fail with EIO instead of waiting; ``barred``: nobody may attach."""
+    """One closing of the gates of some disks. ``failing``: requests fail with EIO instead of waiting; ``barred``: nobody may attach.
+
+    A gate that fails stays closed for disks that were `spoil`ed: what their clients have cached is wrong, so they have to open anew.
+    """
 
     def __init__(self, failing: bool = False, barred: bool = False) -> None:
         self.failing, self.barred = failing, barred
@@ -33,11 +36,17 @@ class Gate:
             self._disks.append(disk)
             disk.close_gate(self)
 
+    def spoil(self, disks: Iterable[Disk]) -> None:
+        """Their requests fail for good, also when it is open again."""
+        for disk in disks:
+            disk.is_spoiled = True
+
     def open(self) -> None:
         """Let everybody go on."""
         self._open.set()
         for disk in self._disks:
-            disk.open_gate()
+            if not disk.is_spoiled:
+                disk.open_gate()
         for disk, done in self._flushes:
             disk.flush_soon(done)
 
@@ -48,7 +57,7 @@ class Gate:
 
     @staticmethod
     def error() -> OSError:
-        return OSError(errno.EIO, "the disk is being reverted, and fails meanwhile because that was asked for")
+        return OSError(errno.EIO, "the disk was reverted below this client, and fails until it is opened anew, because that was asked for")
 
     async def passed(self) -> None:
         """Wait until it is open. Raises OSError if it fails instead."""
@@ -71,6 +80,7 @@ class Gated:
 
     def __init__(self) -> None:
         self.under_way = 0  # requests on a slow path
+        self.is_spoiled = False
         self._gate: Gate | None = None
         self._behind: dict[str, object] = {}  # what the closed gate has replaced in this object
 

@@ -5,7 +5,7 @@ flushed, the content is swapped, and the gate opens:
 
     hang         requests wait, and go on with the new content
     disconnect   connections are closed; who connects anew gets the new content
-    error        requests fail with EIO meanwhile, and go on with the new content
+    error        requests fail with EIO until the client opens the disk anew; files that only read go on with the new content
 
 No guest expects any of this: what it has cached is wrong afterwards. It is for tests of what does.
 """
@@ -76,7 +76,8 @@ class Reverting:
         for vdi in vdis:
             engine.gates[vdi.volume] = gate
         try:
-            gate.close([disk for vdi in vdis for disk in engine.disks.get(vdi.volume, ())])
+            disks = [disk for vdi in vdis for disk in engine.disks.get(vdi.volume, ()) if not disk.is_spoiled]
+            gate.close(disks)
             with trio.move_on_after(_LEAVE_TIMEOUT_S) as scope:
                 if live == DISCONNECT:
                     for vdi in vdis:
@@ -87,6 +88,8 @@ class Reverting:
             if scope.cancelled_caught:
                 raise VdiInUse(operation="revert", uuid=vdis[0].uuid, by=", ".join(vdi.used_by for vdi in vdis))
             yield
+            if live == ERROR:
+                gate.spoil(disk for disk in disks if disk.may_cache)
         finally:
             for vdi in vdis:
                 del engine.gates[vdi.volume]

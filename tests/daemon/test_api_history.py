@@ -12,7 +12,7 @@ import httpx
 import pytest
 from api_daemon import BLOCK, MIB, Nbd, Unchanged, api  # noqa: F401
 from daemon_tools import Simsrd
-from nbd_wire import READ, WRITE, WireClient
+from nbd_wire import FLUSH, READ, WRITE, WireClient
 
 EIO = 5
 
@@ -102,28 +102,28 @@ def test_live_is_refused_unless_asked_for(api):  # noqa: F811
         assert nbd.read(0, 1) == b"2"
 
 
-@pytest.mark.parametrize("mode", ["hang", "error"])
-def test_live_below_a_client_that_stays(api, mode):  # noqa: F811
-    """Requests wait, or fail, while it lasts; then the same connection sees the new content, and only that."""
-    disk = written(api, f"live {mode}", b"1")
+def answers_meanwhile(client, revert):
+    """What reads of the first block answer until the revert is done: (errno, first byte)."""
+    answers = []
+    while not revert.done():
+        reply = client.reply(client.send(READ, 0, BLOCK))
+        answers.append((reply.error, reply.data[:1]))
+    return answers
+
+
+def test_live_hang(api):  # noqa: F811
+    """Requests wait, and then the same connection sees the new content, and only that."""
+    disk = written(api, "live hang", b"1")
     snapshot = api.snapshot(disk)
     with WireClient.connect(disk["nbd_socket"]) as client, ThreadPoolExecutor(1) as pool:
-        for live_ms in (200, 1000, 5000, 25_000):
-            client.write(0, b"2" * BLOCK)
-            began = time.monotonic()
-            revert = pool.submit(api.act, snapshot, "revert", live=mode, live_ms=live_ms)
-            errors, answers = 0, []
-            while not revert.done():
-                reply = client.reply(client.send(READ, 0, BLOCK))
-                answers.append((bool(reply.error), reply.data[:1]))
-                errors += bool(reply.error)
-                assert not reply.error or reply.error == EIO
-            assert revert.result()["changed"] and time.monotonic() - began >= live_ms / 1000
-            values = [value for failed, value in answers if not failed]
-            assert values == sorted(values, reverse=True), "the old content came back"
-            if errors or mode == "hang":
-                break  # else this client was not run all that time, and asked for nothing
-        assert (errors > 0) == (mode == "error")
+        client.write(0, b"2" * BLOCK)
+        began = time.monotonic()
+        revert = pool.submit(api.act, snapshot, "revert", live="hang", live_ms=200)
+        answers = answers_meanwhile(client, revert)
+        assert revert.result()["changed"] and time.monotonic() - began >= 0.2
+        assert not any(error for error, _ in answers)
+        values = [value for _, value in answers]
+        assert values == sorted(values, reverse=True), "the old content came back"
         assert client.read(0, BLOCK) == b"1" * BLOCK
         client.write(0, b"3" * BLOCK)
         assert client.read(0, BLOCK) == b"3" * BLOCK
@@ -132,6 +132,28 @@ def test_live_below_a_client_that_stays(api, mode):  # noqa: F811
         client.disconnect()
     api.act(disk, "undo")
     assert first(api, disk) == b"2"
+
+
+def test_live_error(api):  # noqa: F811
+    """What is connected gets EIO from then on, for it believes what it has cached; who connects anew sees the new content."""
+    disk = written(api, "live error", b"1")
+    snapshot = api.snapshot(disk)
+    with WireClient.connect(disk["nbd_socket"]) as client, ThreadPoolExecutor(1) as pool:
+        client.write(0, b"2" * BLOCK)
+        revert = pool.submit(api.act, snapshot, "revert", live="error", live_ms=200)
+        answers = answers_meanwhile(client, revert)
+        assert revert.result()["changed"]
+        assert set(answers) <= {(0, b"2"), (EIO, b"")} and answers == sorted(answers), "first the old content, then errors"
+        for _ in range(2):
+            for request in (client.send(READ, 0, BLOCK), client.send(WRITE, 0, payload=b"3" * BLOCK), client.send(FLUSH)):
+                assert client.reply(request).error == EIO
+            api.error("VdiInUse", "POST", f"/v1/vdis/{disk['uuid']}/undo")
+            with WireClient.connect(disk["nbd_socket"]) as fresh:
+                assert fresh.read(0, BLOCK) == b"1" * BLOCK
+                fresh.disconnect()
+            assert api.act(disk, "undo", live="hang")["changed"] and api.act(disk, "redo", live="error")["changed"]
+        client.disconnect()
+    assert first(api, disk) == b"1"
 
 
 def test_live_disconnect(api):  # noqa: F811

@@ -53,6 +53,7 @@ class Session:
         self.closed = trio.Event()
         self.asked: dict[int, _Asked] = {}
         self._cookie = 0
+        self._began = world.tick()
         self.sectors = 0
 
     # Coming and going.
@@ -201,7 +202,8 @@ class Session:
         for version in asked.versions:
             version.end, version.certain = end, not reply.error
         if reply.error:
-            if not world.may_fail(self.disk, asked.issue, asked.command, reply.error):
+            is_spoiled = reply.error == errno.EIO and self._began <= self.disk.spoiled
+            if not is_spoiled and not world.may_fail(self.disk, asked.issue, asked.command, reply.error):
                 raise Failure(f"{self.name}: {what} of {self.disk.uuid} failed without a reason: {reply.error} {reply.text}")
         elif asked.command == FLUSH or asked.flags & FUA and asked.versions:
             world.is_durable(asked.issue)

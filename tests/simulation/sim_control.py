@@ -14,7 +14,7 @@ from sim_machine import Failure
 from sim_model import NEVER, Content, Disk, Step, Version
 
 from simsr.daemon.drafting import compose
-from simsr.daemon.reverting import LIVE_MODES, Reverting
+from simsr.daemon.reverting import ERROR, LIVE_MODES, Reverting
 from simsr.daemon.walks import Walks
 from simsr.errors import AmbiguousTip, InjectedFault, NoSpace, NotFound, NothingToUndo, ShrinkRefused, SimsrError
 from simsr.errors import StoreStopped, TipExpired, VdiInUse
@@ -369,7 +369,10 @@ class Administrator:
         async def call() -> list[Reverted]:
             disk.reverting = live
             try:
-                return await self._reverting.carry_out(world.mounted, wishes(), live=live, live_ms=live_ms)
+                results = await self._reverting.carry_out(world.mounted, wishes(), live=live, live_ms=live_ms)
+                if live == ERROR:
+                    disk.spoiled = world.moment
+                return results
             except (TipExpired, NothingToUndo):
                 refused()
                 raise

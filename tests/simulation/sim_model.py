@@ -149,6 +149,7 @@ class Disk:
     redo: list[Step] = field(default_factory=list)
     reverting: str | None = None  # the live mode in which it is being reverted now
     excused: int = -1  # requests issued up to this moment may have failed
+    spoiled: int = -1  # who had connected by then may find that everything fails with EIO
     unsure: int = -1  # and these may have met any content
     coming: Content | None = None  # what an operation makes of it that has not been answered
 
