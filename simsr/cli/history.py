@@ -14,7 +14,7 @@ import typer
 from simsr.cli.client import Client, checked_text
 from simsr.cli.disks import Json, Name, Vdi, called
 from simsr.cli.failures import DaemonAnswer
-from simsr.cli.output import print_json, print_table, say, size_and_bytes
+from simsr.cli.output import complain, print_json, print_table, say, size_and_bytes
 from simsr.cli.tree import can_draw_boxes, draw
 from simsr.units import format_size
 
@@ -103,7 +103,7 @@ def revert(
         name, vdi = references[-1], answer["vdi"]
         if not answer["changed"]:
             return say(f"VDI {called(vdi)} is as it was in {name}; nothing to revert.")
-        done = {"reset": f"is reverted to {name}", "follow": f"is at the end of the branch again ({name})", "commit": f"is what {name} holds now"}[mode]
+        done = {"reset": f"is reverted to {name}", "follow": "is at the end of the branch again", "commit": f"is what {name} holds now"}[mode]
         if mode == "commit" and discard:
             done = f"stays as it is; {name} is gone"
         resized = f" Its size is {size_and_bytes(vdi['size_bytes'])} again." if answer["size_changed"] else ""
@@ -166,6 +166,7 @@ def _carry_out(
         return print_json(plan) if as_json else _show(plan)
     if live is not None:
         body["live"] = live.value
+        complain("whoever uses the disk meanwhile is not told, and what they have cached is wrong afterwards: --live is for tests only")
     body["op_id"] = str(uuid.uuid4())
     try:
         answer = client.post(path, body if yes else {**body, "may_lose": False})

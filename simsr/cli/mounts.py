@@ -26,7 +26,7 @@ def mount(
     cache: Annotated[
         str, typer.Option("--cache", metavar="direct|writeback", help="Who caches: nobody (default), or the kernel.")
     ] = "direct",
-    shared: Annotated[bool, typer.Option("--shared", help="Let other users look, and the group read and write.")] = False,
+    shared: Annotated[bool, typer.Option("--shared", help="Let the daemon's group read and write, too.")] = False,
 ) -> None:
     """Have the daemon show all VDIs as files below DIR.
 

@@ -27,6 +27,7 @@ def complain_about_usage(error: Any) -> int:
     if context is not None and (message.startswith("Missing command") or type(error).__name__ == "NoArgsIsHelpError"):
         print(context.get_help(), file=sys.stderr)
         return USAGE_STATUS
+    message = message.replace(": Value error, ", ": ", 1)  # pydantic's words, which some versions of typer pass on
     suggestion = ""
     if unknown := _UNKNOWN_COMMAND.match(message):
         message = f"no such command: {unknown[1]}"

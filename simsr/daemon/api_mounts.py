@@ -19,7 +19,7 @@ class MountBody(BaseModel):
 
     path: Directory
     cache: str = Field("direct", description="direct: nothing is cached by the kernel; writeback: reads and writes are", max_length=20)
-    shared: bool = Field(False, description="other users may look, and the group may read and write")
+    shared: bool = Field(False, description="the daemon's group may read and write, too")
 
 
 class UnmountBody(BaseModel):

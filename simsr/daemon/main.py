@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--mount-cache", default="direct", choices=CACHES, help="who caches what is below DIR: nobody, or the kernel (default: direct)"
     )
-    parser.add_argument("--mount-shared", action="store_true", help="let other users look below DIR, and the group read and write")
+    parser.add_argument("--mount-shared", action="store_true", help="let the daemon's group read and write below DIR, too")
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     parser.add_argument("--version", action="version", version=f"simsrd {__version__}")
     return parser

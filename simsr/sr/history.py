@@ -119,7 +119,18 @@ class History:
                 self._imitation.admit_revert(wish.node, wish.disk)
             step = _Step(self._keeper, self._catalogue, change, wish, together, self._new_uuid, live)
             results.append(step.done(op_id))
+        changed = [result.vdi for result in results if result.changed]
+        if 0 < len(changed) < len(wishes):
+            self._count_only(changed, change)
         return results
+
+    @staticmethod
+    def _count_only(disks: Sequence[Vdi], change: Change) -> None:
+        """The others of a group were as they should be, and have nothing to undo."""
+        for disk in disks:
+            history = change.meta(disk.volume.ident)["history"]
+            if entries := history.get(UNDO):
+                change.set(disk.volume.ident, history={**history, UNDO: [*entries[:-1], {**entries[-1], "n": len(disks)}]})
 
     @staticmethod
     def _refuse_if_used(disk: Vdi, live: bool | None) -> None:

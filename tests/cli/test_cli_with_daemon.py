@@ -204,7 +204,15 @@ def test_histories_by_hand(simsr, sr, monkeypatch):
     assert "is taken back" in simsr("undo", "root").out and simsr("redo", "root").status == 0
     assert simsr("redo", "root").status == 62
     assert "end of the branch" in simsr("revert", "root", "--follow", tip).out
+    nothing = simsr("revert", pair[0], "--follow")
+    assert nothing.status == 57 and f"snapshot {pair[0]} has no tip to follow" in nothing.err
+    unknown = simsr("revert", "a", "--live", "gently")
+    assert unknown.status == 2 and "Value error" not in unknown.err and "disconnect" in unknown.err
     assert simsr("revert", pair[0], "--group").status == 0
+    done = simsr("undo", "root", "--group", "--live", "hang")
+    assert done.status == 0 and "--live is for tests only" in done.err
+    assert "for tests" not in simsr("redo", "root", "--group", "--live", "hang", "--dry-run").err
+    assert simsr("redo", "root", "--group").status == 0 and simsr("undo", "data", "--group").status == 62, "data was as it should be"
     refused = simsr("revert", "a", "--discard")
     assert refused.status == 59 and "would lose 1 of its snapshots" in refused.err and "--yes" in refused.err
     assert "Gone: 1 snapshot or tip" in simsr("revert", "a", "--discard", "--yes").out

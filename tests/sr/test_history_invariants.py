@@ -542,3 +542,15 @@ def test_deleting_any_snapshot_keeps_the_tree_a_tree():
         sr.delete(disk)
         assert not sr.store.volumes
         assert not world.kill().store.volumes
+
+
+def test_inv08_a_group_of_which_one_disk_was_unchanged_can_be_undone():
+    _, sr, disks, taken, held = group_of(3)
+    go(sr, taken[1])
+    left = [content(disk) for disk in disks]
+    results = go_together(sr, taken[0])
+    assert [result.changed for result in results] == [True, False, True]
+    undo(sr, disks[2], group=True)
+    assert [content(disk) for disk in disks] == left
+    redo(sr, disks[0], group=True)
+    assert [content(disk) for disk in disks] == held
