@@ -80,6 +80,33 @@ def test_says_what_to_install_by_hand_without_rights(tree):
     ]
 
 
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        ("WARNING: Retrying (...: [Errno 111] Connection refused')): /simple/trio/\nERROR: Could not find a version\nERROR: No matching distribution found for trio>=0.27",
+         "No matching distribution found for trio>=0.27 ([Errno 111] Connection refused)"),
+        ("ERROR: THESE PACKAGES DO NOT MATCH THE HASHES", "THESE PACKAGES DO NOT MATCH THE HASHES"),
+        ("Killed", "Killed"),
+    ],
+)  # fmt: skip
+def test_says_in_one_line_why_pip_failed(tree, said, line):
+    """In an environment that was made for an older pyproject.toml, with a stand-in for its Python."""
+    program(tree, "dpkg-query", 'echo "ii "')
+    program(tree, "apt-get", "")
+    (tree / "pyproject.toml").write_text("")
+    (tree / ".venv" / "bin").mkdir(parents=True)
+    version = subprocess.run(["/usr/bin/python3", "-V"], capture_output=True, text=True, check=True).stdout
+    (tree / ".venv" / "ready").write_text(f"{version}{tree}\nolder\n")
+    (tree / "words").write_text(said + "\n")
+    (tree / ".venv" / "bin" / "python").write_text(f"#!/bin/sh\ncat {tree}/words >&2; exit 1\n")
+    (tree / ".venv" / "bin" / "python").chmod(0o755)
+    done = setup(tree)
+    assert done.returncode == 1 and done.stdout.splitlines() == ["setup: installing simsr and its Python dependencies into .venv"]
+    [complaint] = done.stderr.splitlines()
+    assert complaint.startswith(f"setup: pip install failed: {line}. Is Python's package index reachable?")
+    assert (tree / ".venv" / "pip.log").read_text() == said + "\n" and not (tree / ".venv" / "ready").exists()
+
+
 def test_refuses_other_systems(tree):
     for name in ("bash", "env", "dirname", "readlink", "flock"):
         (tree / "bin" / name).symlink_to(shutil.which(name))

@@ -26,7 +26,7 @@ def read(name):
     try:
         with open(path(name)) as file:
             return json.load(file)
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return None
 
 def write(name, value):
@@ -83,7 +83,7 @@ def end(pid):
             with open("/proc/%d/stat" % pid) as file:
                 if file.read().rpartition(") ")[2][0] in "ZX":
                     return
-        except FileNotFoundError:
+        except (FileNotFoundError, ProcessLookupError):
             return
         time.sleep(0.01)
 
@@ -91,7 +91,7 @@ def alive(pid):
     try:
         with open("/proc/%d/stat" % pid) as file:
             return file.read().rpartition(") ")[2][0] not in "ZX"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
 """
 
@@ -266,5 +266,5 @@ class Host:
 def is_running(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False

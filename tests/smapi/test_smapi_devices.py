@@ -152,7 +152,8 @@ def test_all_devices_in_use(dom0, host):
     disk = create(dom0)
     fault = dom0.fault("vdi_attach", ["true"], vdi=disk)
     assert fault.number == 46 and "24 nbd devices" in fault.text
-    assert kinds(dom0, disk) == [] and host.notes() == []
+    wait_for(lambda: kinds(dom0, disk) == [])
+    assert host.notes() == []
 
 
 def test_nbd_client_that_fails_leaves_nothing(dom0, host):
@@ -160,7 +161,7 @@ def test_nbd_client_that_fails_leaves_nothing(dom0, host):
     host.plan(connect="fail")
     fault = dom0.fault("vdi_attach", ["true"], vdi=disk)
     assert fault.number == 46 and "Connection refused" in fault.text and "-unix" in fault.text
-    assert kinds(dom0, disk) == []
+    wait_for(lambda: kinds(dom0, disk) == [])
     host.check_clean()
 
 
@@ -207,7 +208,7 @@ def test_plugin_killed_while_it_attaches(dom0, host):
     os.kill(host.state("hanging"), signal.SIGKILL)  # what the dead one has left running
     stop(dom0, disk)
     assert host.devices() == [] and host.notes() == []
-    assert kinds(dom0, disk) == []
+    wait_for(lambda: kinds(dom0, disk) == [])
 
 
 # --- tapdisk ---
