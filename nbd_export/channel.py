@@ -47,7 +47,7 @@ class Channel:
             self.unsent.append(rest)
             await self.drain()
 
-    def post(self, data: bytes) -> bool:
+    def post(self, data: bytes | memoryview) -> bool:
         """`send` for callers that cannot wait. True: not all could be sent, so `drain` has to run. Raises OSError."""
         if self.unsent:
             self.unsent.append(data)
@@ -127,7 +127,7 @@ class TlsChannel(Channel):
     async def send(self, data: bytes | memoryview) -> None:
         await super().send(self._sealed(data))
 
-    def post(self, data: bytes) -> bool:
+    def post(self, data: bytes | memoryview) -> bool:
         return super().post(self._sealed(data))
 
     def say_goodbye(self) -> None:

@@ -119,7 +119,7 @@ class Connection:
         self._reader = Reader(disk, self._replies, channel, self._later, self._failure)
         self._status = BlockStatus(disk, negotiated.meta_contexts, self._replies, self._failure)
         self._scripted = ScriptedRequests(
-            disk, self._replies, channel.send, self._failure, self._status_and_answer, self.hang_up, self._each_write_durable
+            disk, self._replies, channel, self._post, self._failure, self._status_and_answer, self.hang_up, self._each_write_durable
         )
 
     async def _meet(self, op: str) -> bool:
@@ -224,7 +224,7 @@ class Connection:
             self._parser.received(count)
             return count > 0
 
-    def _post(self, data: bytes) -> None:
+    def _post(self, data: bytes | memoryview) -> None:
         """Send, for callers that cannot wait. Never raises: if the client is gone, its task will notice."""
         try:
             if self._channel.post(data):
@@ -323,7 +323,7 @@ class Connection:
             elif request.final and request.cookie in self._failed:  # of a write whose first pieces came before the scenario
                 await self._channel.send(self._failure(request, self._failed.pop(request.cookie)))
             else:
-                await self._scripted.start(self._nursery, self._with_real_length(request))
+                await self._scripted.start(self._nursery, self._with_real_length(request), request is batch[0])
         for _ in range(2):  # after two rounds of the loop what need not wait is answered, and looking for more holds nobody up
             if self._scripted.under_way:
                 await trio.lowlevel.checkpoint()

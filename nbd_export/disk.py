@@ -10,7 +10,7 @@ from nbd_export.handshake import Exports
 from nbd_export.limits import Terms
 from nbd_export.peer import Peer
 
-__all__ = ["Disk", "Disks", "Dropped", "Offer", "Scripted", "Write", "is_answer"]
+__all__ = ["Disk", "Disks", "Dropped", "Offer", "Reply", "Scripted", "Write", "is_answer"]
 
 Write = tuple[int, int, memoryview | None]
 """(offset in bytes, length in bytes, the data or None for zeros)"""
@@ -32,17 +32,36 @@ class Dropped(Exception):
         self.error = error
 
 
+class Reply(Protocol):
+    """The answer to one request, for who carries it out to send at its time: before the task that waits for it could go on.
+
+    ``taken_ns``: when the request was taken from its connection, by trio's clock; ``turn_ns``: since when the task that took it had its turn,
+    None if it took others before it.
+    """
+
+    taken_ns: int
+    turn_ns: int | None
+
+    def prepare(self, data: bytearray | None) -> None:
+        """It has been carried out; ``data`` are those of a read."""
+
+    def send(self) -> None:
+        """Send what was prepared. Never waits, never raises."""
+
+
 class Scripted(Protocol):
     """A disk that a scenario is in force on. Every method may wait as long as the scenario says; it raises `Dropped`, or an error as
-    those of a `Disk` do."""
+    those of a `Disk` do. With a ``reply`` that has been prepared and sent when they return; not if they raise."""
 
-    async def read(self, offset: int, length: int) -> bytearray:
+    async def read(self, offset: int, length: int, reply: Reply | None = None) -> bytearray:
         """The data of a range."""
 
-    async def write(self, op: str, offset: int, length: int, payload: bytes | bytearray | None, fua: bool) -> None:
+    async def write(
+        self, op: str, offset: int, length: int, payload: bytes | bytearray | None, fua: bool, reply: Reply | None = None
+    ) -> None:
         """``op``: write, or zero or trim without a payload."""
 
-    async def flush(self) -> None:
+    async def flush(self, reply: Reply | None = None) -> None:
         """Make every write answered so far durable."""
 
     async def meet(self, op: str, offset: int = 0, length: int = 0) -> None:

@@ -7,9 +7,9 @@ from __future__ import annotations
 import trio
 
 from nbd_export.constants import CLEAR_AT_ONCE_BYTES
-from nbd_export.disk import Disk
+from nbd_export.disk import Disk, Reply
 
-__all__ = ["Direct", "flush", "read", "write"]
+__all__ = ["Direct", "answer", "flush", "read", "write"]
 
 
 async def read(disk: Disk, offset: int, length: int) -> bytearray:
@@ -52,16 +52,27 @@ async def flush(disk: Disk) -> None:
         raise errors[0]
 
 
+def answer(reply: Reply | None, data: bytearray | None = None) -> None:
+    """Send a reply now, if there is one."""
+    if reply is not None:
+        reply.prepare(data)
+        reply.send()
+
+
 class Direct:
     """`nbd_export.disk.Scripted` for a disk that nothing is in force on."""
 
     def __init__(self, disk: Disk) -> None:
         self._disk = disk
 
-    async def read(self, offset: int, length: int) -> bytearray:
-        return await read(self._disk, offset, length)
+    async def read(self, offset: int, length: int, reply: Reply | None = None) -> bytearray:
+        data = await read(self._disk, offset, length)
+        answer(reply, data)
+        return data
 
-    async def write(self, op: str, offset: int, length: int, payload: bytes | bytearray | None, fua: bool) -> None:
+    async def write(
+        self, op: str, offset: int, length: int, payload: bytes | bytearray | None, fua: bool, reply: Reply | None = None
+    ) -> None:
         if op == "trim":
             start, end = -(-offset // 4096) * 4096, (offset + length) // 4096 * 4096
             offset, length = start, max(0, end - start)
@@ -69,9 +80,11 @@ class Direct:
             await write(self._disk, offset, length, None if payload is None else memoryview(payload))
         if fua:
             await flush(self._disk)
+        answer(reply)
 
-    async def flush(self) -> None:
+    async def flush(self, reply: Reply | None = None) -> None:
         await flush(self._disk)
+        answer(reply)
 
     async def meet(self, op: str, offset: int = 0, length: int = 0) -> None:
         pass

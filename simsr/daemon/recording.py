@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from nbd_export.disk import Dropped, Scripted
+from nbd_export.disk import Dropped, Reply, Scripted
 from scenarios.traces import Info, Record
 from scenarios.traces.own import Encoder
 from simsr.daemon.alarm import current_ns
@@ -145,17 +145,19 @@ class Tap:
     def _next(self) -> Scripted:
         return self.staged or self._direct
 
-    async def read(self, offset: int, length: int) -> bytearray:
+    async def read(self, offset: int, length: int, reply: Reply | None = None) -> bytearray:
         with self._recording.noting("read", offset, length, False, self._client):
-            return await self._next.read(offset, length)
+            return await self._next.read(offset, length, reply)
 
-    async def write(self, op: str, offset: int, length: int, payload: bytes | bytearray | None, fua: bool) -> None:
+    async def write(
+        self, op: str, offset: int, length: int, payload: bytes | bytearray | None, fua: bool, reply: Reply | None = None
+    ) -> None:
         with self._recording.noting(op, offset, length, fua, self._client):
-            await self._next.write(op, offset, length, payload, fua)
+            await self._next.write(op, offset, length, payload, fua, reply)
 
-    async def flush(self) -> None:
+    async def flush(self, reply: Reply | None = None) -> None:
         with self._recording.noting("flush", 0, 0, False, self._client):
-            await self._next.flush()
+            await self._next.flush(reply)
 
     async def meet(self, op: str, offset: int = 0, length: int = 0) -> None:
         await self._next.meet(op, offset, length)

@@ -3,26 +3,27 @@
 The faces (NBD, FUSE) call `read`, `write` and `flush` instead of the disk's own methods while the disk is
 scripted, and `meet` before others; each may wait as long as the plan says, and raises an OSError to answer with, or `Dropped`.
 
-A delay counts from when the request came until its answer is there, and the disk's own time is part of it: the request is carried out a little
-before it is due, as long as the alarm has learned that it takes.
+A delay counts from when the request came until its answer is there, and the disk's own time is part of it: the request is carried out
+before it is due, as long as the alarm has learned that it takes, and its answer is held back and sent at its time by the alarm itself. Orders (a
+hang, a power cut) reach it there, too.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import trio
 
-from nbd_export.disk import Disk, Dropped
+from nbd_export.disk import Disk, Dropped, Reply
 from scenarios.crash_states import SECTOR_BYTES
 from scenarios.disk import DiskRules
 from scenarios.recorder import Meter
 from scenarios.request import Effect, Hang, Plan, Request
 from scenarios.write_cache import WriteCache, WriteLog
 from simsr.daemon.alarm import current_ns
-from simsr.daemon.direct import flush, read, write
+from simsr.daemon.direct import answer, flush, read, write
 
 if TYPE_CHECKING:
     from simsr.daemon.scenario_run import ScenarioRun
@@ -31,13 +32,15 @@ __all__ = ["ScriptedDisk", "UnderWay", "Measured"]
 
 
 class UnderWay:
-    """A request that sleeps or is parked, so that orders can reach it. ``parked_by``: the rule, or None while it sleeps."""
+    """A request that sleeps or is parked, so that orders can reach it. ``parked_by``: the rule, or None while it sleeps. ``wake_ns``: when it is
+    to be carried out, ``send_ns``: when its answer is to be sent; 0: at once."""
 
-    __slots__ = ("vdi", "path", "event", "parked_by", "error", "hang", "dropped")
+    __slots__ = ("vdi", "path", "plan", "event", "wake_ns", "send_ns", "parked_by", "error", "hang", "dropped")
 
-    def __init__(self, vdi: str, path: str) -> None:
-        self.vdi, self.path = vdi, path
+    def __init__(self, vdi: str, path: str, plan: Plan) -> None:
+        self.vdi, self.path, self.plan = vdi, path, plan
         self.event = trio.Event()
+        self.wake_ns = self.send_ns = 0
         self.parked_by: str | None = None
         self.error = 0
         self.hang: str | None = None  # the rule it is to be parked by although it was only sleeping
@@ -83,32 +86,36 @@ class ScriptedDisk:
 
     # What faces call.
 
-    async def read(self, offset: int, length: int) -> bytearray:
+    async def read(self, offset: int, length: int, reply: Reply | None = None) -> bytearray:
         """Read under the rules. Raises OSError, `Dropped`, what the disk raises."""
         with Measured(self._meter, "read", length):
-            return await self._read(offset, length)
+            return await self._read(offset, length, reply)
 
-    async def _read(self, offset: int, length: int) -> bytearray:
-        plan, due_ns = await self._until_due(Request("read", offset, length, client=self.client))
-        overlay, effects = self._rules.overlay, plan.effects
+    async def _read(self, offset: int, length: int, reply: Reply | None) -> bytearray:
+        state = await self._until_due(Request("read", offset, length, client=self.client), reply)
+        overlay, effects = self._rules.overlay, state.plan.effects
         data = await read(self._disk, overlay.source(offset, effects), length)
         if effects or not overlay.is_quiet:
             overlay.show(offset, memoryview(data), current_ns(), effects)
-        self._run.alarm.learn("read", due_ns)
+        await self._answer("read", state, reply, data)
         return data
 
-    async def write(self, op: str, offset: int, length: int, payload: bytes | bytearray | None, fua: bool) -> None:
+    async def write(
+        self, op: str, offset: int, length: int, payload: bytes | bytearray | None, fua: bool, reply: Reply | None = None
+    ) -> None:
         """``op``: write, zero or trim. Raises OSError, `Dropped`, what the disk raises."""
         with Measured(self._meter, op, length):
-            await self._write(op, offset, length, payload, fua)
+            await self._write(op, offset, length, payload, fua, reply)
 
-    async def _write(self, op: str, offset: int, length: int, payload: bytes | bytearray | None, fua: bool) -> None:
-        plan, due_ns = await self._until_due(Request(op, offset, length, fua, client=self.client))
+    async def _write(
+        self, op: str, offset: int, length: int, payload: bytes | bytearray | None, fua: bool, reply: Reply | None
+    ) -> None:
+        state = await self._until_due(Request(op, offset, length, fua, client=self.client), reply)
         if op == "trim":
             start, end = -(-offset // 4096) * 4096, (offset + length) // 4096 * 4096
             offset, length = start, max(0, end - start)
         view = None if payload is None else memoryview(payload)
-        overlay, effects = self._rules.overlay, plan.effects
+        overlay, effects = self._rules.overlay, state.plan.effects
         if length and (effects or not overlay.is_quiet or self._cache.keeps or self._cache.log is not None):
             async with self._lock:
                 await self._write_noted(offset, length, view, effects, fua)
@@ -117,8 +124,8 @@ class ScriptedDisk:
         stable = fua or self._cache.each_write
         if stable:
             await flush(self._disk)
+        await self._answer(op, state, reply)
         self._cache.promises.wrote({effect.kind for effect in effects}, stable)
-        self._run.alarm.learn(op, due_ns)
 
     async def _write_noted(
         self, offset: int, length: int, view: memoryview | None, effects: Sequence[Effect], fua: bool
@@ -141,23 +148,23 @@ class ScriptedDisk:
             view = memoryview(await read(self._disk, start, end - start))
         log.wrote(start, view, end - start, stable)
 
-    async def flush(self) -> None:
+    async def flush(self, reply: Reply | None = None) -> None:
         """Raises OSError, `Dropped`, what the disk raises."""
         with Measured(self._meter, "flush"):
-            await self._flush_planned()
+            await self._flush_planned(reply)
 
-    async def _flush_planned(self) -> None:
+    async def _flush_planned(self, reply: Reply | None) -> None:
         promise = self._cache.promises.mark(self._cache.mark())
-        plan, due_ns = await self._until_due(Request("flush", client=self.client))
-        if not any(effect.kind == "lose" for effect in plan.effects):
+        state = await self._until_due(Request("flush", client=self.client), reply)
+        if not any(effect.kind == "lose" for effect in state.plan.effects):
             mark, log = self._cache.mark(), self._cache.log
             log_mark = log.mark() if log is not None else 0
             await flush(self._disk)
             self._cache.flushed(mark)
             if log is not None:
                 log.flushed(log_mark)
+        await self._answer("flush", state, reply)
         self._cache.promises.flushed(promise)
-        self._run.alarm.learn("flush", due_ns)
 
     async def meet(self, op: str, offset: int = 0, length: int = 0) -> None:
         """For what is carried out elsewhere: extents, open, close. Raises OSError, `Dropped`."""
@@ -173,36 +180,70 @@ class ScriptedDisk:
 
     async def until_due(self, request: Request) -> Plan:
         """Decide, hang, wait. Raises OSError and `Dropped` as the plan says; one that comes back is to be carried out."""
-        return (await self._until_due(request))[0]
+        return (await self._until_due(request, None, has_lead=False)).plan
 
-    async def _until_due(self, request: Request) -> tuple[Plan, int]:
-        """The plan, and when its answer is to be there; 0: at once."""
-        run, now = self._run, current_ns()
-        state = UnderWay(self._vdi, run.path_of(self._rules, now))
+    async def _until_due(self, request: Request, reply: Reply | None, has_lead: bool = True) -> UnderWay:
+        """Decide, hang, wait until the request is to be carried out; `_answer` comes behind that."""
+        run, alarm, now = self._run, self._run.alarm, current_ns()
+        path = run.path_of(self._rules, now)
         plan = self._rules.decide(request, now)
+        state = UnderWay(self._vdi, path, plan)
         run.obey()
         if plan.rules:
             self._meter.fired(plan.rules, now)
         if plan.hang is None and not plan.delay_ns:
             self._refuse(plan, plan.error)
-            return plan, 0
+            return state
+        came_ns = now if reply is None else alarm.came_ns(reply.taken_ns, reply.turn_ns)
         with run.watching(state):
             if plan.hang is not None:
-                await self._park(state, plan, plan.hang)
-                now = current_ns()
-            due_ns = now + plan.delay_ns
-            wake_ns = due_ns - (0 if plan.error else run.alarm.lead_ns(request.op))
-            if waits := wake_ns > current_ns():
-                await run.alarm.wait(state.event, wake_ns)
-            while state.hang is not None:
-                rule, state.hang, state.event = state.hang, None, trio.Event()
-                await self._park(state, plan, Hang(rule))
-            if state.dropped:
-                raise Dropped(None)
+                await self._park(state, plan.hang)
+                came_ns = current_ns()
+            state.send_ns = came_ns + plan.delay_ns - alarm.wire_ns
+            lead_ns = alarm.lead_ns(request.op) if has_lead and not plan.error else 0
+            state.wake_ns = max(came_ns, state.send_ns - lead_ns)
+            await self._sleep(state, state.wake_ns)
             self._refuse(plan, state.error or plan.error)
-        return plan, due_ns if waits else 0
+        return state
 
-    async def _park(self, state: UnderWay, plan: Plan, hang: Hang) -> None:
+    async def _answer(self, op: str, state: UnderWay, reply: Reply | None, data: bytearray | None = None) -> None:
+        """The request has been carried out: send its answer when it is due. Raises OSError, `Dropped`: it is not to be answered."""
+        if not state.send_ns:
+            answer(reply, data)
+            return
+        self._run.alarm.learn(op, current_ns() - state.wake_ns)
+        if reply is None:
+            with self._run.watching(state):
+                await self._sleep(state, state.send_ns)
+                self._refuse(state.plan, state.error)
+            return
+        is_sent = False
+
+        def send() -> None:
+            nonlocal is_sent
+            if state.hang is None:
+                is_sent = True
+                reply.send()
+
+        reply.prepare(data)
+        with self._run.watching(state):
+            await self._sleep(state, state.send_ns, send)
+            if not is_sent:
+                self._refuse(state.plan, state.error)
+                reply.send()
+
+    async def _sleep(self, state: UnderWay, until_ns: int, then: Callable[[], None] | None = None) -> None:
+        """Wait, unless that time has come; hang, if that was ordered meanwhile. ``then`` is called at that time if nothing was."""
+        if until_ns > current_ns():
+            state.event = trio.Event()
+            await self._run.alarm.wait(state.event, until_ns, then)
+        while state.hang is not None:
+            rule, state.hang, state.event = state.hang, None, trio.Event()
+            await self._park(state, Hang(rule))
+        if state.dropped:
+            raise Dropped(None)
+
+    async def _park(self, state: UnderWay, hang: Hang) -> None:
         state.parked_by = hang.rule
         recorder = self._run.recorder
         recorder.park(state, current_ns())
@@ -216,7 +257,7 @@ class ScriptedDisk:
         by_order, state.parked_by, state.event = state.parked_by is None, None, trio.Event()
         if state.dropped:
             raise Dropped(None)
-        self._refuse(plan, state.error or (0 if by_order else hang.error))
+        self._refuse(state.plan, state.error or (0 if by_order else hang.error))
 
     def _refuse(self, plan: Plan, error: int) -> None:
         """Raise what the plan ends with instead of carrying the request out."""

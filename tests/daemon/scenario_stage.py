@@ -60,7 +60,7 @@ class Stage:
 
 
 @asynccontextmanager
-async def stage(text, names=("one",), directory=None, seed=None, size_bytes=SIZE, groups=""):
+async def stage(text, names=("one",), directory=None, seed=None, size_bytes=SIZE, groups="", alarm=None):
     """``async with stage(TOML) as here:`` the scenario is in force; ``here["one"]`` is what a face would call, ``here.disks["one"]`` below it.
     A text without a head gets one."""
     if "simsr = 1" not in text:
@@ -76,7 +76,7 @@ async def stage(text, names=("one",), directory=None, seed=None, size_bytes=SIZE
     files = TraceFiles(directory)
     scenario = load(text, "test.toml", files.times)
     files.prepare(scenario)
-    play = ScenarioRun(scenario, seed, files, Alarm(), lambda vdi: disks[vdi.name])
+    play = ScenarioRun(scenario, seed, files, alarm or Alarm(), lambda vdi: disks[vdi.name])
     for name, disk in disks.items():
         play.attach(vdis[name], disk)
     async with trio.open_nursery() as nursery:

@@ -99,6 +99,23 @@ def test_requests_run_beside_one_that_hangs_and_it_goes_on_later(api, vdi):
         assert client.pread(512, 0) == b"x" * 512
 
 
+def test_a_real_client_is_never_answered_early(api, vdi):
+    """Neither one request nor, one after the other, their sum; not even when the alarm has just learned from a spell of slow ones."""
+    start(api, f'[profile.p]\nvdi = "{vdi["uuid"]}"\nlatency.read = "5ms"\nlatency.write = "1ms"\n')
+    with connected(vdi) as client:
+        for _ in range(3):
+            cookies = [client.aio_pwrite(bytes(MIB), 0) for _ in range(4)] + [client.aio_pread(nbd.Buffer(4096), 0) for _ in range(32)]
+            for cookie in cookies:
+                while not client.aio_command_completed(cookie):
+                    client.poll(1000)
+        began = time.perf_counter()
+        for _ in range(40):
+            asked = time.perf_counter()
+            client.pread(4096, 0)
+            assert time.perf_counter() - asked >= 0.005 * 0.95
+        assert time.perf_counter() - began >= 40 * 0.005 * 0.95
+
+
 def test_a_disconnect(api, vdi):
     add(api, match={"op": "flush", "vdi": vdi["uuid"]}, action={"disconnect": True})
     with connected(vdi) as client:
@@ -280,7 +297,7 @@ def test_a_load_on_a_disk_beside_its_clients(api, vdi, tmp_path):
     text = (
         f'[[rule]]\nname = "load"\nmatch = {{ vdi = "{vdi["uuid"]}" }}\n'
         '[rule.action.replay]\ntrace = "t.trace"\nas = "workload"\non = "disk"\n'
-        '[[rule]]\nname = "bad"\nmatch = { op = "write" }\ntrigger = { nth = 20 }\naction = { error = "ENOSPC" }\n'
+        '[[rule]]\nname = "bad"\nmatch = { op = "write", range = "76KiB..80KiB" }\naction = { error = "ENOSPC" }\n'
         "[[expect]]\nthat = \"replay.lag.p99 < 100s\"\n"
     )
     with connected(vdi) as client:
