@@ -1,8 +1,8 @@
 """The states in which a disk can be after a crash, enumerated from a log of its writes and flushes.
 
 A *cut* is a place in the log: what is before it had been answered when the power went. There, writes that a flush covered and FUA writes
-are on the medium for certain; any subset of the others may be, laid over each other in the order in which they were answered, and of
-the last one perhaps only its first sectors. A state is a cut and such a subset; it has a name that says which (`CrashState.name`), so it can be made
+are on the medium for certain; any subset of the others may be, laid over each other in the order in which they were answered, and one of
+them perhaps only in part: its first sectors, its last ones, or some. A state is a cut and such a subset; it has a name that says which (`CrashState.name`), so it can be made
 again from the same log. Where states have the same content one of them is enough (`Contents`).
 
 Which subsets: all, none, one alone, all but one, a prefix, half of them at random, torn ones. Most bugs that a crash finds need one write to be
@@ -16,7 +16,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,7 +31,7 @@ SECTOR_BYTES = 512
 _ROUNDS_MAX = 24
 _TRIES = 20  # for each state that is wanted
 _KINDS = 8
-_NAME = re.compile(r"(\d{1,9})-(all|none|(first|only|without)(\d{1,9})|some(\d{1,19})x(\d{1,9}))(?:-torn(\d{1,9}))?")
+_NAME = re.compile(r"(\d{1,9})-(all|none|(first|only|without)(\d{1,9})|some(\d{1,19})x(\d{1,9}))(?:-(?:(torn|tail)(\d{1,9})|mix(\d{1,9})x(\d{1,6})))?")
 
 
 class Entry(NamedTuple):
@@ -48,29 +48,40 @@ class Entry(NamedTuple):
 
 class CrashState(NamedTuple):
     """``cut``: entries before the crash. ``keep``: all, none, first, only, without, some. ``number`` (from 1): of the write among those that may
-    be lost; for "some" the number of the draw. ``torn``: of the last write that is kept only so many sectors."""
+    be lost; for "some" the number of the draw.
+
+    ``torn``: one write is there in part: the one that "without" names, else the last that is kept. ``tear`` says which part: "torn" its first so
+    many sectors, "tail" all but these, "mix" some, where ``torn`` is the number of the draw and ``unit`` so many sectors are whole or missing.
+    """
 
     cut: int
     keep: str
     number: int = 0
     seed: int = 0
     torn: int | None = None
+    tear: str = "torn"
+    unit: int = 1
 
     @property
     def name(self) -> str:
         number = f"{self.seed}x{self.number}" if self.keep == "some" else self.number or ""
-        return f"{self.cut}-{self.keep}{number}" + ("" if self.torn is None else f"-torn{self.torn}")
+        part = "" if self.torn is None else f"-{self.tear}{self.torn}" + (f"x{self.unit}" if self.tear == "mix" else "")
+        return f"{self.cut}-{self.keep}{number}{part}"
 
 
 def parse_state(name: str) -> CrashState | None:
     """The state of that name; None if it is no name of a state."""
     if (found := _NAME.fullmatch(name)) is None:
         return None
-    cut, whole, numbered, number, seed, draw, torn = found.groups()
-    last = None if torn is None else int(torn)
+    cut, whole, numbered, number, seed, draw, tear, torn, mix, unit = found.groups()
+    part: tuple[Any, ...] = (None,)
+    if tear is not None:
+        part = int(torn), tear
+    elif mix is not None:
+        part = int(mix), "mix", max(1, int(unit))
     if draw is not None:
-        return CrashState(int(cut), "some", int(draw), int(seed), last)
-    return CrashState(int(cut), numbered or whole, int(number or 0), 0, last)
+        return CrashState(int(cut), "some", int(draw), int(seed), *part)
+    return CrashState(int(cut), numbered or whole, int(number or 0), 0, *part)
 
 
 class Log:
@@ -113,15 +124,29 @@ def _kept(doubtful: list[int], state: CrashState) -> list[int]:
     return [place for place in doubtful if draws(place)[0] < 0.5]
 
 
-def _applied(log: Log, state: CrashState) -> Iterator[tuple[int, int]]:
-    """(place, bytes of it from its beginning) of the writes that are there, in order."""
+def _applied(log: Log, state: CrashState) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+    """(place, parts of it that are there, as bytes from its beginning) of the writes that are there, in order."""
     certain, doubtful = log.at(state.cut)
-    kept = _kept(doubtful, state)
+    kept, torn = _kept(doubtful, state), []
+    if state.torn is not None and state.keep == "without":
+        kept, torn = doubtful, doubtful[max(0, state.number - 1) : state.number]
+    elif state.torn is not None:
+        torn = kept[-1:]
     for place in sorted([*certain, *kept]):
-        length = log.entries[place].length
-        if state.torn is not None and kept and place == kept[-1]:
-            length = min(length, state.torn * SECTOR_BYTES)
-        yield place, length
+        entry = log.entries[place]
+        yield place, _parts(entry, place, state) if place in torn else [(0, entry.length)]
+
+
+def _parts(entry: Entry, place: int, state: CrashState) -> list[tuple[int, int]]:
+    """What is there of a torn write."""
+    length = entry.length
+    if state.tear != "mix":
+        at = min(length, (state.torn or 0) * SECTOR_BYTES)
+        return [(0, at) if state.tear == "torn" else (at, length)]
+    unit, words = state.unit * SECTOR_BYTES, Draws("mix", state.cut, place, state.torn)
+    first, last = entry.offset // unit, (entry.offset + length - 1) // unit
+    kept = [number for number in range(first, last + 1) if words(number // 8)[number % 8] < 0.5]
+    return [(max(0, number * unit - entry.offset), min(length, (number + 1) * unit - entry.offset)) for number in kept]
 
 
 def pieces_of(
@@ -129,12 +154,13 @@ def pieces_of(
 ) -> list[tuple[int, int, memoryview | None]]:
     """What to write over the base for a state: (offset, length, data or None for zeros), no byte twice. ``data``: of the entry at a place."""
     image = Patches()
-    for place, length in _applied(Log(entries), state):
+    for place, parts in _applied(Log(entries), state):
         entry = entries[place]
-        if entry.kind == "zero":
-            image.put(entry.offset, _zeros(length), "zero")
-        else:
-            image.put(entry.offset, data(place)[:length], "write")
+        for start, end in parts:
+            if entry.kind == "zero":
+                image.put(entry.offset + start, _zeros(end - start), "zero")
+            else:
+                image.put(entry.offset + start, data(place)[start:end], "write")
     return [(start, len(piece.data), None if piece.rule == "zero" else piece.data) for start, piece in image.all()]
 
 
@@ -176,12 +202,13 @@ class Contents:
     def digest(self, state: CrashState) -> bytes:
         """The same for states with the same content."""
         sectors = self._base.copy()
-        for place, length in _applied(self._log, state):
+        for place, parts in _applied(self._log, state):
             entry = self._log.entries[place]
             at = bisect_right(self._starts, entry.offset) - 1
             first = self._index[at] + (entry.offset - self._starts[at]) // SECTOR_BYTES
-            count = length // SECTOR_BYTES
-            sectors[first : first + count] = self._zero if entry.kind == "zero" else self._of(place)[:count]
+            for start, end in parts:
+                low, high = start // SECTOR_BYTES, end // SECTOR_BYTES
+                sectors[first + low : first + high] = self._zero if entry.kind == "zero" else self._of(place)[low:high]
         return blake2b(sectors.tobytes(), digest_size=16).digest()
 
     def _of(self, place: int) -> np.ndarray:
@@ -268,16 +295,23 @@ def _state(log: Log, cut: int, round_: int, seed: int, sector_bytes: int) -> Ite
         case 4:
             yield CrashState(cut, "first", one)
         case 5:
-            yield CrashState(cut, "all", torn=_torn(log.entries[doubtful[-1]], u[1], sector_bytes))
+            yield CrashState(cut, "all", 0, 0, *_tear(log.entries[doubtful[-1]], u, round_, sector_bytes))
         case 6:
             yield CrashState(cut, "some", round_, seed)
         case _:
             kept = _kept(doubtful, CrashState(cut, "some", round_, seed))
-            torn = _torn(log.entries[kept[-1]], u[1], sector_bytes) if kept and u[2] < 0.25 else None
-            yield CrashState(cut, "only", one) if u[3] < 0.3 else CrashState(cut, "some", round_, seed, torn)
+            if u[3] < 0.3:
+                yield CrashState(cut, "only", one)
+            elif u[3] < 0.5:
+                yield CrashState(cut, "without", one, 0, *_tear(log.entries[doubtful[one - 1]], u, round_, sector_bytes))
+            else:
+                part = _tear(log.entries[kept[-1]], u, round_, sector_bytes) if kept and u[2] < 0.25 else (None,)
+                yield CrashState(cut, "some", round_, seed, *part)
 
 
-def _torn(entry: Entry, u: float, sector_bytes: int) -> int:
-    """How many of the first 512 bytes of a write are there, up to a sector's end, so that some are missing."""
-    end = (entry.offset + int(u * entry.length)) // sector_bytes * sector_bytes
-    return max(0, end - entry.offset) // SECTOR_BYTES
+def _tear(entry: Entry, u: Sequence[float], round_: int, sector_bytes: int) -> tuple[int, str, int]:
+    """``torn``, ``tear`` and ``unit`` of a state that has a write in part: up to a sector's end, from there on, or some of its sectors."""
+    if u[4] < 0.3:
+        return round_, "mix", sector_bytes // SECTOR_BYTES
+    end = (entry.offset + int(u[1] * entry.length)) // sector_bytes * sector_bytes
+    return max(0, end - entry.offset) // SECTOR_BYTES, "torn" if u[4] < 0.7 else "tail", 1

@@ -111,7 +111,7 @@ class WriteCache:
 
         ``keep``: none, all, prefix, a probability, or the numbers (1 is the first since the last flush) of those to keep. With ``order``
         "completion" and a probability, a prefix is not required, but what is kept lies over each other in order; with "any" in an order drawn.
-        ``torn_bytes``: of the last write that is kept a part of its sectors may be missing.
+        ``torn_bytes``: of the last write that is kept a part of its sectors may be missing: those from one on, or, in any order, some.
         """
         writes, numbers = self._writes, self.unstable
         kept = _chosen(keep, numbers, draws)
@@ -123,11 +123,9 @@ class WriteCache:
         for write in reversed(writes):  # the medium before all of them: the oldest content goes on top
             image.put(write.offset, write.old, "old")
         for at, write in enumerate(sequence):
-            data = write.data
-            if torn_bytes and at == len(sequence) - 1:
-                sectors = -(-len(data) // torn_bytes)
-                data = data[: int(draws(write.number)[2] * (sectors + 1)) * torn_bytes]
-            image.put(write.offset, data, "new")
+            is_torn = torn_bytes and at == len(sequence) - 1
+            for start, end in _torn(write, torn_bytes, draws, order == "any") if is_torn else [(0, len(write.data))]:
+                image.put(write.offset + start, write.data[start:end], "new")
         self.clear()
         return [(start, bytes(piece.data)) for start, piece in image.all()]
 
@@ -145,3 +143,15 @@ def _chosen(keep: Any, numbers: Sequence[int], draws: Draws) -> set[int]:
     if isinstance(keep, float):
         return {number for number in numbers if draws(number)[0] < keep}
     return {numbers[place - 1] for place in keep if 0 < place <= len(numbers)}
+
+
+def _torn(write: _Write, sector: int, draws: Draws, in_any_order: bool) -> list[tuple[int, int]]:
+    """The parts of a write that are there, as bytes from its beginning; ``sector`` bytes of the disk are whole or missing."""
+    offset, length = write.offset, len(write.data)
+    first, count = offset // sector, (offset + length - 1) // sector - offset // sector + 1
+    u = draws(write.number)
+    kept: Sequence[int] = range(int(u[2] * (count + 1)))
+    if in_any_order:
+        words = Draws(*map(str, u[2:4]))
+        kept = [place for place in range(count) if words(place // 8)[place % 8] < 0.5]
+    return [(max(0, (first + place) * sector - offset), min(length, (first + place + 1) * sector - offset)) for place in kept]

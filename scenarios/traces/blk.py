@@ -1,7 +1,7 @@
 """The kernel's block traces: blktrace's binary records, and the text that blkparse makes of them.
 
 Both are events: a request is queued (Q), issued to the device (D), completed (C). A record is made of D and its C; where
-a trace has no D, of Q and C. A write that carries a flush before it becomes a flush and a write.
+a trace has no D, of Q and C. A write that carries a flush before it becomes a flush and a write; one without data, a flush.
 
 blktrace writes one file for each CPU, and a request may complete on another one: hand in all of them.
 """
@@ -67,9 +67,11 @@ def _paired(events: Iterable[_Event]) -> Iterator[Record]:
         key = event.device, event.op, event.offset
         time = max(0, event.time_ns - first)
         if event.action == begins:
-            if event.flushes:
+            if event.flushes and event.length:
                 pending[number] = Record(time, "flush", device=event.device)
                 number += 1
+            elif event.flushes:  # an fsync with nothing to write
+                event = event._replace(op="flush")
             pending[number] = Record(time, event.op, event.offset, event.length, fua=event.fua, device=event.device)
             waiting.setdefault(key, []).append(number)
             number += 1

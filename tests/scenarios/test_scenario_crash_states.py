@@ -117,7 +117,7 @@ def test_names_say_everything():
         assert log.image(parse_state(state.name)) == log.image(state)
 
 
-@pytest.mark.parametrize("name", ["", "x", "1", "1-most", "1-only", "1-all1", "-1-all", "1-some3", "1-all-torn", "1-all ", "9" * 12 + "-all"])
+@pytest.mark.parametrize("name", ["", "x", "1", "1-most", "1-only", "1-all1", "-1-all", "1-some3", "1-all-torn", "1-all-mix3", "1-all-torn3x2", "1-all ", "9" * 12 + "-all"])
 def test_what_is_no_name(name):
     assert parse_state(name) is None
 
@@ -134,16 +134,35 @@ def test_a_write_without_the_one_before_it_is_among_the_first():
 class TestTorn:
     LOG = Recording(("write", 0, 8, b"\1"))
 
-    def test_some_of_the_first_sectors(self):
-        torn = [state for state in self.LOG.states(1000) if state.torn is not None]
-        assert torn
+    def sectors(self, state, count=8):
+        """Which of the first sectors are there whole; none is there in part."""
+        image = self.LOG.image(state)
+        parts = [image[at : at + SECTOR_BYTES] for at in range(0, count * SECTOR_BYTES, SECTOR_BYTES)]
+        assert all(part in (b"\1" * SECTOR_BYTES, bytes(SECTOR_BYTES)) for part in parts)
+        return [number for number, part in enumerate(parts) if part[0]]
+
+    def test_its_first_sectors_its_last_or_some(self):
+        torn = [state for seed in range(5) for state in self.LOG.states(1000, seed) if state.torn is not None]
+        assert {state.tear for state in torn} == {"torn", "tail", "mix"}
         for state in torn:
-            image = self.LOG.image(state)
-            assert image == b"\1" * (state.torn * SECTOR_BYTES) + bytes(DISK - state.torn * SECTOR_BYTES) and state.torn < 8
+            assert parse_state(state.name) == state
+            there = self.sectors(state)
+            if state.tear != "mix":
+                assert there == list(range(state.torn) if state.tear == "torn" else range(state.torn, 8))
+        assert any(self.sectors(state) != list(range(len(self.sectors(state)))) for state in torn), "not only the first ones"
 
     def test_between_sectors_of_the_device(self):
-        torn = {state.torn for state in self.LOG.states(1000, sector_bytes=4 * SECTOR_BYTES)} - {None}
-        assert torn <= {0, 4}
+        torn = [state for state in self.LOG.states(1000, sector_bytes=4 * SECTOR_BYTES) if state.torn is not None]
+        assert torn
+        for state in torn:
+            assert self.sectors(state) in ([], [0, 1, 2, 3], [4, 5, 6, 7], list(range(8))), state.name
+
+    def test_one_that_is_not_the_last(self):
+        log = Recording(("write", 0, 8, b"\1"), ("write", 8, 8, b"\2"))
+        image = log.image(parse_state("2-without1-torn3"))
+        assert image == b"\1" * 3 * SECTOR_BYTES + bytes(5 * SECTOR_BYTES) + b"\2" * 8 * SECTOR_BYTES
+        found = [state for seed in range(5) for state in log.states(1000, seed) if state.keep == "without" and state.torn is not None]
+        assert found and all(log.image(state)[8 * SECTOR_BYTES :] in (b"\2" * 8 * SECTOR_BYTES,) for state in found if state[:3] == (2, "without", 1))
 
     def test_what_a_flush_covers_is_not_torn(self):
         log = Recording(("write", 0, 8, b"\1"), ("flush", 1), ("write", 8, 8, b"\2", True))

@@ -255,6 +255,13 @@ def test_blktrace_of_several_cpus():
         list(read([io.BytesIO(first), io.BytesIO(first[:50])], "blktrace", "t"))
 
 
+def test_an_fsync_without_data_is_one_flush():
+    """As blkparse prints it: its issue without a place, its end with sector 0."""
+    text = "8,0 3 1 0.000001000 9 D FWS [kworker]\n8,0 3 2 0.000005000 9 C FWS 0 [0]\n8,0 3 3 0.000006000 9 D FWS 8 + 8 [x]\n"
+    found = [(one.op, one.length, one.latency_ns) for one in records(text.encode(), "blkparse")]
+    assert found == [("flush", 0, 4000), ("flush", 0, None), ("write", 4096, None)]
+
+
 def test_block_traces_without_issues_take_the_queueing():
     text = "8,0 0 1 0.000001000 1 Q R 8 + 8 [x]\n8,0 0 2 0.000005000 0 C R 8 + 8 [0]\n"
     assert records(text.encode(), "blkparse") == [R(0, "read", 4096, 4096, 4000, device="8,0")]
