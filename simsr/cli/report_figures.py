@@ -41,7 +41,8 @@ class Figures:
     # Parts that figures share.
 
     def _svg(self, height: float, title: str, parts: Iterable[str]) -> str:
-        return f'<svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{safe(title)}">{"".join(parts)}</svg>'
+        drawn = f'<svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{safe(title)}">{"".join(parts)}</svg>'
+        return f'<div class="scroll figure">{drawn}</div>'
 
     def _time_axis(self, bottom: float) -> str:
         parts = []

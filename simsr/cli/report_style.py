@@ -44,13 +44,14 @@ code { font: 13.5px/1.5 ui-monospace, "DejaVu Sans Mono", monospace; overflow-wr
 table { border-collapse: collapse; width: 100%; margin-top: 8px; font-variant-numeric: tabular-nums; font-size: 14px; }
 th { font-weight: 600; color: var(--dim); font-size: 12.5px; text-align: right; padding: 4px 10px; border-bottom: 1px solid var(--line); }
 td { text-align: right; padding: 4px 10px; border-bottom: 1px solid var(--grid); white-space: nowrap; }
-th:first-child, td:first-child, .words { text-align: left; } td:first-child { white-space: normal; overflow-wrap: anywhere; }
+th:first-child, td:first-child, .words { text-align: left; } td:first-child { white-space: normal; min-width: 9em; }
 tr.part td { color: var(--dim); border-bottom-color: transparent; padding-top: 1px; padding-bottom: 1px; }
 tr.part td:first-child { padding-left: 30px; }
 .some { color: var(--bad); font-weight: 600; }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 18px; font-size: 13px; color: var(--dim); margin: 2px 0; align-items: center; }
 .legend svg { width: auto; height: 12px; flex: none; }
 svg { display: block; width: 100%; height: auto; }
+.figure svg { min-width: 820px; }
 svg text { fill: var(--dim); font-size: 12px; font-family: system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
 svg .ink { fill: var(--ink); } svg .strong { fill: var(--ink); font-weight: 600; }
 .grid { stroke: var(--grid); stroke-width: 1; } .frame { stroke: var(--line); stroke-width: 1; fill: none; }
@@ -59,6 +60,10 @@ svg .ink { fill: var(--ink); } svg .strong { fill: var(--ink); font-weight: 600;
 .event { stroke: var(--mark); stroke-width: 1.5; } .flag { fill: var(--mark); }
 .curve { fill: none; stroke-width: 1.8; stroke-linejoin: round; stroke-linecap: round; } .dash { stroke-dasharray: 5 3; }
 .thin { stroke-width: 1.4; } .area { opacity: .16; }
+@media (max-width: 640px) {
+  main { padding: 12px 8px 40px; } header, section { padding: 14px 12px; }
+  ul.expect li { grid-template-columns: 1fr; gap: 2px; } dl.facts { grid-template-columns: repeat(2, 1fr); } dl.facts .wide { grid-column: span 2; }
+}
 .mark { stroke: var(--mark); } .mark2 { stroke: var(--mark2); }
 """ + "".join(
     f".s{n} {{ stroke: var(--c{n}); }} .f{n} {{ fill: var(--c{n}); }}\n" for n in range(8)
