@@ -7,6 +7,14 @@ from contextlib import contextmanager
 
 import pytest
 
+LONGEST = {"test_sigkill.py", "test_soak.py", "test_simulation.py", "test_cli_crash.py", "test_cli_smapi_check.py", "test_demo.py"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest begins first, so that in the end no worker waits for another one's half minute."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(

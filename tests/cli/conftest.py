@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -67,20 +69,30 @@ def simsr(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
 
 
 @pytest.fixture
-def serve_disks(daemon: FakeDaemon) -> Iterator[Callable[..., None]]:
-    """Serve the fake daemon's disks over NBD, with further arguments for nbdkit such as a filter."""
-    servers: list[subprocess.Popen[bytes]] = []
+def serve_disks(daemon: FakeDaemon) -> Iterator[Callable[..., Callable[[], None]]]:
+    """Serve the fake daemon's disks over NBD, with further arguments for nbdkit such as a filter. ``paused``: reads and writes wait until
+    what this returns is called, or the test ends."""
+    with contextlib.ExitStack() as servers:
 
-    def serve(*filters: str, settings: tuple[str, ...] = ()) -> None:
-        ready = daemon.disks.parent / "nbdkit.pid"
-        command = ["nbdkit", "-f", "-U", daemon.nbd_socket, "-P", str(ready), *filters, "file"]
-        servers.append(subprocess.Popen([*command, f"dir={daemon.disks}", *settings]))
-        wait_until(ready.exists)
+        def serve(*filters: str, settings: tuple[str, ...] = (), paused: bool = False) -> Callable[[], None]:
+            ready, control = daemon.disks.parent / "nbdkit.pid", daemon.disks.parent / "pause"
+            command = ["nbdkit", "-f", "-U", daemon.nbd_socket, "-P", str(ready), "--filter=pause", *filters, "file"]
+            server = servers.enter_context(subprocess.Popen([*command, f"dir={daemon.disks}", f"pause-control={control}", *settings]))
+            servers.callback(server.terminate)
+            wait_until(ready.exists)
+            sock = servers.enter_context(socket.socket(socket.AF_UNIX))
+            sock.connect(str(control))
 
-    yield serve
-    for server in servers:
-        server.terminate()
-        server.wait(120)
+            def say(letter: bytes) -> None:
+                sock.sendall(letter)
+                assert sock.recv(1) == letter.upper()
+
+            if paused:
+                say(b"p")
+                servers.callback(say, b"r")
+            return lambda: say(b"r")
+
+        yield serve
 
 
 @pytest.fixture

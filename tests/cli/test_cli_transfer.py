@@ -18,8 +18,6 @@ from simsr.errors import VdiInUse
 
 MIB = 2**20
 DATA = random.Random(1).randbytes(3 * MIB)
-SLOW = ("--filter=delay",)
-SLOW_WRITES, SLOW_READS = ("wdelay=1", "delay-zero=0"), ("rdelay=1",)
 
 
 @pytest.fixture
@@ -192,7 +190,7 @@ def test_import_waits_until_the_daemon_lets_go_of_its_vdi(simsr, daemon, sr, ima
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_import_leaves_nothing(start_simsr, daemon, sr, serve_disks, image, number):
-    serve_disks(*SLOW, settings=SLOW_WRITES)
+    serve_disks(paused=True)
     child = start_simsr("import", str(image))
     wait_until(lambda: daemon.vdis and _copying(child.pid))
     child.send_signal(number)
@@ -275,11 +273,12 @@ def test_export_overwrites_only_when_told(simsr, full_disk, serve_disks, image, 
 
 
 def test_export_never_replaces_a_file_made_meanwhile(start_simsr, full_disk, serve_disks, tmp_path):
-    serve_disks(*SLOW, settings=SLOW_READS)
+    go_on = serve_disks(paused=True)
     target = tmp_path / "a.raw"
     child = start_simsr("export", "full", str(target))
     wait_until(lambda: _copying(child.pid))
     target.write_text("precious")
+    go_on()
     _, err = child.communicate(timeout=120)
     assert child.returncode == 1
     assert "it exists" in err
@@ -289,7 +288,7 @@ def test_export_never_replaces_a_file_made_meanwhile(start_simsr, full_disk, ser
 
 @pytest.mark.parametrize("before", [None, "precious"])
 def test_an_interrupted_export_leaves_what_was_there(start_simsr, full_disk, serve_disks, tmp_path, before):
-    serve_disks(*SLOW, settings=SLOW_READS)
+    serve_disks(paused=True)
     target = tmp_path / "a.qcow2"
     if before:
         target.write_text(before)
