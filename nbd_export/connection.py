@@ -108,6 +108,7 @@ class Connection:
         self._terms = disk.terms
         if negotiated.is_tapdisk or not negotiated.structured_replies:  # for which Linux's client, alone among those that boot VMs, never asks
             disk.client_kind = "tapdisk" if negotiated.is_tapdisk else "kernel"
+        disk.each_write_durable = self._each_write_durable()
         self._size_bytes = negotiated.export.size_bytes
         self._writable_bytes = 0 if negotiated.export.read_only else self._size_bytes
         if negotiated.extended_headers:

@@ -80,6 +80,8 @@ class Disk(Protocol):
     scripted: Scripted | None
     client_kind: str
     """tapdisk, qemu or kernel, as well as the handshake tells them apart"""
+    each_write_durable: bool
+    """whether it takes writes for durable when they are answered"""
     in_order: bool  # set by the connection when the client says that it is done
 
     def read(self, batch: Sequence[tuple[int, memoryview]]) -> list[int]:

@@ -18,7 +18,7 @@ from scenarios.request import CONTROL_OPS, DATA_OPS
 from scenarios.schema import Action, After, Phase, Rule, Scenario
 from scenarios.suggest import did_you_mean
 
-__all__ = ["Problem", "problems", "client_problems", "expectations", "moment_of", "EVENTS"]
+__all__ = ["Problem", "problems", "all_rules", "client_problems", "rule_problems", "expectations", "moment_of", "EVENTS"]
 
 EVENTS = ("pool-low", "pool-full", "pool-metadata-full", "power-cut", "steps-done")
 """Events that the engine raises itself. A rule raises others with ``event = "name"``."""
@@ -209,7 +209,8 @@ def _environment(scenario: Scenario, place: tuple[Any, ...], rule: Rule) -> _Rea
     if (action.grow or action.full in ("now", "metadata")) and not pools:
         yield "there is no pool", "Give a profile a capacity, or take full = true."
     if is_standing(rule) and action.power_cut is not None and place[0] == "rule":
-        yield "the power would be cut at once", "Give the rule a trigger, or put it into a phase."
+        hint = "Give the rule a trigger, such as { after = { op = \"write\", nth = 1 } }, or put it into a phase."
+        yield "the power would be cut at once, and of what was written before nothing is known that could be lost", hint
 
 
 def _names(scenario: Scenario) -> Iterator[Problem]:
@@ -315,32 +316,32 @@ def moment_of(phase: Phase) -> After | None:
 
 def client_problems(scenario: Scenario, client: str) -> list[Problem]:
     """What is wrong when disks are used by ``client`` (a name of `CLIENTS`)."""
-    found = []
-    nature = CLIENTS[client]
-    for place, phase, rule in all_rules(scenario):
-        if rule.match.client and client not in rule.match.client:
-            continue
-        action_at = (*place, "action")
-        delivered = rule.action.error_as or scenario.error_as
-        errors = [name for name in (rule.action.error, "EPERM" if rule.action.readonly else None) if name]
-        errors += ["ENOSPC"] if rule.action.full == "writes" else []
-        for error in errors if delivered == "error" and any(op in DATA_OPS for op in ops_of(rule)) else ():
-            if nature.errors is not None and error not in nature.errors:
-                hint = f"NBD carries {', '.join(sorted(NBD_ERRORS))}; FUSE carries any."
-                found.append(Problem(action_at, f"{client} over NBD cannot be told {error}", hint))
-            elif nature.dies_of_errors:
-                hint = 'Use the FUSE file, or error_as = "hang" or "disconnect".'
-                found.append(Problem(action_at, f"the first error costs {client} the disk for good", hint, "warning"))
-        ops = [op for op in ops_of(rule) if op in nature.ops or op in CONTROL_OPS]
-        if not ops and not (commands_of(rule.action) and is_standing(rule)):
-            hint = f"It sends {', '.join(sorted(nature.ops))}."
-            found.append(
-                Problem((*place, "match"), f"the rule can never fire: {client} never sends {', '.join(ops_of(rule))}", hint)
-            )
-        length = rule.action.hang if isinstance(rule.action.hang, int) else phase and phase.for_
-        if rule.action.hang is not None and nature.patience_ns and length and length >= nature.patience_ns:
-            hint = f"It gives up after {format_duration(nature.patience_ns)}."
-            found.append(Problem(action_at, f"{client} does not wait {format_duration(length)}", hint, "warning"))
+    return [problem for where in all_rules(scenario) for problem in rule_problems(scenario, *where, client)]
+
+
+def rule_problems(scenario: Scenario, place: tuple[Any, ...], phase: Phase | None, rule: Rule, client: str) -> list[Problem]:
+    """What is wrong with one rule for them."""
+    if rule.match.client and client not in rule.match.client:
+        return []
+    found, nature, action_at = [], CLIENTS[client], (*place, "action")
+    delivered = rule.action.error_as or scenario.error_as
+    errors = [name for name in (rule.action.error, "EPERM" if rule.action.readonly else None) if name]
+    errors += ["ENOSPC"] if rule.action.full == "writes" else []
+    for error in errors if delivered == "error" and any(op in DATA_OPS for op in ops_of(rule)) else ():
+        if nature.errors is not None and error not in nature.errors:
+            hint = f"NBD carries {', '.join(sorted(NBD_ERRORS))}; FUSE carries any."
+            found.append(Problem(action_at, f"{client} over NBD cannot be told {error}", hint))
+        elif nature.dies_of_errors:
+            hint = 'Use the FUSE file, or error_as = "hang" or "disconnect".'
+            found.append(Problem(action_at, f"the first error costs {client} the disk for good", hint, "warning"))
+    ops = [op for op in ops_of(rule) if op in nature.ops or op in CONTROL_OPS]
+    if not ops and not (commands_of(rule.action) and is_standing(rule)):
+        hint = f"It sends {', '.join(sorted(nature.ops))}."
+        found.append(Problem((*place, "match"), f"the rule can never fire: {client} never sends {', '.join(ops_of(rule))}", hint))
+    length = rule.action.hang if isinstance(rule.action.hang, int) else phase and phase.for_
+    if rule.action.hang is not None and nature.patience_ns and length and length >= nature.patience_ns:
+        hint = f"It gives up after {format_duration(nature.patience_ns)}."
+        found.append(Problem(action_at, f"{client} does not wait {format_duration(length)}", hint, "warning"))
     return found
 
 

@@ -72,7 +72,7 @@ def _full(engine: Engine, rule: LiveRule, now: int, disk: DiskRules | None, numb
 
 def _power_cut(engine: Engine, rule: LiveRule, now: int, disk: DiskRules | None, number: int) -> None:
     spec = rule.spec.action.power_cut
-    engine.cut_power(spec.scope if disk is not None or spec.scope != "disk" else "host", disk.name if disk else "")
+    engine.cut_power(spec.scope, (disk.name,) if disk is not None else rule.spec.match.vdi)
     engine.order(
         "power_cut", now, rule=rule.name, vdi=disk.name if disk else None, number=number, seed=engine.seed, **spec.model_dump()
     )

@@ -61,7 +61,8 @@ class _Entry:
 class DiskRules:
     """The rules of one disk. ``key`` names it for draws: the same key and seed give the same faults, whatever its uuid.
 
-    Latencies look at ``depth``, ``head_bytes``, ``size_bytes`` and ``vdis``.
+    Latencies look at ``depth``, ``head_bytes``, ``size_bytes`` and ``vdis``: how many there are in its SR, as whoever asks for an operation
+    of the control plane has said last.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class DiskRules:
         self.name, self.names, self.key, self.groups = name, (name, *names), key, groups
         self.size_bytes = size_bytes
         self.head_bytes = self.depth = 0
+        self.vdis = 1
         self.state = "start"
         self.overlay = Overlay(key)
         self.profile: Profile | None = None
@@ -95,10 +97,6 @@ class DiskRules:
     def happened(self) -> set[str]:
         return self._engine.happened
 
-    @property
-    def vdis(self) -> int:
-        return self._engine.disk_count
-
     def limit_of(self, who: Hashable, make: Callable[[], Limit]) -> Limit:
         return self._engine.limit_of(who, make)
 
@@ -121,13 +119,19 @@ class DiskRules:
         """Work out the entries anew: the rules, the phase or the disk have changed."""
         engine = self._engine
         self.profile = engine.profile_of(self)
-        rules = [rule for rule in engine.live_rules if not rule.spec.match.vdi or matches_name(rule.spec.match.vdi, self.names)]
+        rules = [rule for rule in engine.live_rules if self._is_meant(rule.spec)]
         self._counters = {rule: self._counters.get(rule) or Counters() for rule in rules}
         self._media = {rule: media for rule in rules if (media := self._make_media(rule)) is not None}
         self.overlay.media = list(self._media.values())
         self.overlay.keep_history(any(rule.spec.action.stale for rule in rules))
         bound = {op: [self._bind(rule, op) for rule in rules if op in rule.ops] for op in OPS}
         self._table = {op: entry for op in OPS if (entry := self._entry(op, bound[op])) is not None}
+
+    def _is_meant(self, rule: Rule) -> bool:
+        group = rule.action.group if rule.action.kill_daemon is not None else ()
+        if group and not matches_name(group, (*self.names, *self.groups)):
+            return False
+        return not rule.match.vdi or matches_name(rule.match.vdi, self.names)
 
     def _bind(self, rule: LiveRule, op: str) -> tuple[BoundRule, list[Step]]:
         media = self._media.get(rule)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
+from scenarios.actions import given
 from scenarios.commands import carry_out, take_back
 from scenarios.decisions import Decision, DecisionLog, read_decisions
 from scenarios.disk import DiskRules
@@ -57,7 +58,7 @@ class Engine:
         self._disks: dict[str, DiskRules] = {}
         self._orders: list[Order] = []
         self._limits: dict[tuple[Hashable, ...], Limit] = {}
-        self._off: list[tuple[str, str]] = []  # (scope, disk) without power
+        self._off: list[tuple[str, tuple[str, ...]]] = []  # (scope, names of disks) without power
         self.paths = {name: Paths(profile.paths) for name, profile in scenario.profile.items() if profile.paths}
         self.pools = {name: self._pool(name, profile) for name, profile in scenario.profile.items() if profile.capacity}
         self._always = [LiveRule(rule, now) for rule in scenario.rule]
@@ -86,10 +87,6 @@ class Engine:
     def forget(self, name: str) -> None:
         """The disk is gone."""
         self._disks.pop(name, None)
-
-    @property
-    def disk_count(self) -> int:
-        return len(self._disks)
 
     # Time
 
@@ -175,7 +172,7 @@ class Engine:
     def _end(self, rule: LiveRule, now: int) -> None:
         matched, hits = self._past_hits.get(rule.name, (0, 0))
         self._past_hits[rule.name] = matched + rule.matched, hits + rule.hits
-        if rule.spec.action.hang is not None or rule.spec.action.error_as == "hang" or self.scenario.error_as == "hang":
+        if self.hangs(rule.spec):
             self.order("release", now, rule=rule.name, error=0)
         if "replay" in rule.commands:
             self.order("replay_stop", now, rule=rule.name)
@@ -232,10 +229,13 @@ class Engine:
     def dead_man(self, now: int) -> int:
         """Who controls the scenario is gone: end what makes requests hang, unless a rule persists, and release them."""
         for rule in [rule for rule in self.live_rules if not rule.spec.persist]:
-            hangs = rule.spec.action.hang is not None or (rule.spec.action.error_as or self.scenario.error_as) == "hang"
-            if hangs or {"path", "power_cut"} & set(rule.commands):
+            if self.hangs(rule.spec) or {"path", "power_cut"} & set(rule.commands):
                 self.remove_rule(rule.name, now)
         return self.decided
+
+    def hangs(self, rule: Rule) -> bool:
+        """Whether requests may hang because of it."""
+        return rule.action.hang is not None or (rule.action.error_as or self.scenario.error_as) == "hang"
 
     def _names(self) -> set[str]:
         return {rule.name or "" for phase in self.scenario.phase for rule in phase.rule} | {
@@ -297,16 +297,17 @@ class Engine:
     def is_off(self, disk: DiskRules) -> bool:
         """Whether the disk is without power."""
         return bool(self._off) and any(
-            scope == "host" or scope == "disk" and name == disk.name or scope.removeprefix("group:") in disk.groups
-            for scope, name in self._off
+            scope == "host" or scope == "disk" and matches_name(names, disk.names) or scope.removeprefix("group:") in disk.groups
+            for scope, names in self._off
         )
 
     @property
     def is_anything_off(self) -> bool:
         return bool(self._off)
 
-    def cut_power(self, scope: str, disk: str) -> None:
-        self._off.append((scope, disk))
+    def cut_power(self, scope: str, disks: tuple[str, ...]) -> None:
+        """``disks``: those of scope "disk"; none: every one."""
+        self._off.append((scope, disks) if disks or scope != "disk" else ("host", ()))
         self._rebuild(self._disks.values())
 
     def power_on(self) -> None:
@@ -348,6 +349,8 @@ class Engine:
         )
         counts = {name: list(self._past_hits.get(name, (0, 0))) for name in (*rules, *(rule.name for rule in self.live_rules))}
         live = {rule.name for rule in self.live_rules}
+        specs = (*self.scenario.rule, *(rule for phase in self.scenario.phase for rule in phase.rule), *(rule.spec for rule in self.live_rules))
+        actions = {rule.name: "+".join(given(rule.action)) for rule in specs}
         for rule in self.live_rules:
             counts[rule.name][0] += rule.matched
             counts[rule.name][1] += rule.hits
@@ -357,7 +360,7 @@ class Engine:
             "decided": self.decided,
             "timeline": self._timeline.statistics(),
             "rules": [
-                {"rule": name, "in_force": name in live, "matched": matched, "hits": hits}
+                {"rule": name, "action": actions.get(name, ""), "in_force": name in live, "matched": matched, "hits": hits}
                 for name, (matched, hits) in counts.items()
             ],
             "events": sorted(self.happened),

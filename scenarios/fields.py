@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, PlainValidator, ValidationInfo, WithJsonSc
 
 from scenarios import latency_text, quantities
 from scenarios.clients import CLIENTS, errno_of
-from scenarios.request import OPS
+from scenarios.request import OPS, STEPS
 from scenarios.suggest import did_you_mean
 
 PATH_STATES = ("optimized", "non-optimized", "standby", "down")
@@ -258,6 +258,7 @@ BurstText = _kind(lambda value: quantities.parse_burst(_text(value, "200MB")), {
 Error = _kind(_error, {**_TEXT, "pattern": "^E", "examples": ["EIO"]})
 HangText = _kind(_hang, {"type": ["string", "boolean"], "examples": [True, *HANGS, "70s"]})
 PathState = _kind(_choice("state of a path", PATH_STATES), {"enum": list(PATH_STATES)})
+KillStep = _kind(_choice("step", ("at-step", *STEPS)), {"enum": ["at-step", *STEPS]})
 Full = _kind(_full, {"enum": [True, "now", "metadata"]})
 Lose = _kind(_lose, {"type": ["string", "boolean"], "examples": [True, "5s"]})
 Repeat = _kind(_repeat, {"type": ["integer", "string"], "examples": [3, "each step of revert"]})

@@ -21,7 +21,7 @@ from scenarios.schema import Rule, Scenario
 from scenarios.suggest import did_you_mean
 from simsr.errors import BadScenario
 
-__all__ = ["load", "load_rule", "library", "library_text"]
+__all__ = ["load", "load_rule", "library", "library_text", "without_ends"]
 
 _MODEL_ERRORS = {
     "missing": "this is required",
@@ -90,6 +90,16 @@ def name_all(scenario: Scenario) -> Scenario:
         inner = tuple(_named(rule, f"{name}/rule-{count}") for count, rule in enumerate(phase.rule, 1))
         phases.append(phase.model_copy(update={"name": name, "rule": inner}))
     return scenario.model_copy(update={"rule": rules, "phase": tuple(phases)})
+
+
+def without_ends(scenario: Scenario) -> Scenario:
+    """The scenario without what would end a load that is recorded: power cuts and kills of the daemon."""
+
+    def kept(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+        return tuple(rule for rule in rules if not (rule.action.power_cut or rule.action.power or rule.action.kill_daemon))
+
+    phases = tuple(phase.model_copy(update={"rule": kept(phase.rule)}) for phase in scenario.phase)
+    return scenario.model_copy(update={"rule": kept(scenario.rule), "phase": phases})
 
 
 def _named(rule: Rule, name: str) -> Rule:

@@ -29,14 +29,14 @@ _SHARES = {"p50_s": 0.5, "p90_s": 0.9, "p99_s": 0.99, "p999_s": 0.999}
 
 
 class Recording(NamedTuple):
-    """Everything that a report is made of; nothing of it changes any more. ``disks``: (uuid, name, size in bytes)."""
+    """Everything that a report is made of; nothing of it changes any more. ``disks``: (uuid, name, size in bytes, clients: (kind, durability))."""
 
     scenario: Scenario
     seed: int
     began: str
     seen: Seen
     rules: list[dict[str, Any]]
-    disks: list[tuple[str, str, int]]
+    disks: list[tuple[str, str, int, list[tuple[str, str]]]]
 
 
 def outcomes_of(scenario: Scenario, seen: Seen) -> list[dict[str, Any]]:
@@ -84,7 +84,7 @@ def report_of(recording: Recording) -> dict[str, Any]:
         "left_out": recorder.left_out,
         "operations": _operations(recorder),
         "hangs": {**_latencies(recorder.hangs), "now": seen.hanging, "max_s": recorder.hung_max_ns(now) / _NS_PER_S},
-        "gaps": _gaps(recorder, now, {uuid: name for uuid, name, _ in recording.disks}),
+        "gaps": _gaps(recorder, now, {uuid: name for uuid, name, *_ in recording.disks}),
         "flushed_writes": {"promised": seen.promised, "lost": seen.lost},
         "replay_lag": _latencies(recorder.lags) if recorder.lags.count else None,
         "rules": recording.rules,
@@ -142,12 +142,13 @@ def _gaps(recorder: Recorder, now: int, names: dict[str, str]) -> list[dict[str,
     return found
 
 
-def _disk(recorder: Recorder, uuid: str, name: str, size_bytes: int) -> dict[str, Any]:
+def _disk(recorder: Recorder, uuid: str, name: str, size_bytes: int, clients: list[tuple[str, str]]) -> dict[str, Any]:
     counts = recorder.meters[uuid].counts if uuid in recorder.meters else {}
     return {
         "vdi": uuid,
         "name": name,
         "size_bytes": size_bytes,
+        "clients": [{"kind": kind, "durability": durability} for kind, durability in clients],
         "requests": {op: count for op, (count, _, _) in counts.items()},
         "bytes": {op: size for op, (_, size, _) in counts.items() if size},
         "errors": sum(errors for _, _, errors in counts.values()),

@@ -15,11 +15,18 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-__all__ = ["DATA_OPS", "CONTROL_OPS", "OPS", "WRITE_OPS", "MOVING_OPS", "Request", "Hang", "Effect", "Plan", "GO", "Order"]
+__all__ = ["DATA_OPS", "CONTROL_OPS", "OPS", "LOGGED_OPS", "STEPS", "WRITE_OPS", "MOVING_OPS", "Request", "Hang", "Effect", "Plan", "GO", "Order"]
 
 DATA_OPS = ("read", "write", "flush", "trim", "zero", "extents", "open", "close")
 CONTROL_OPS = ("attach", "detach", "snapshot", "revert", "clone", "delete", "resize", "scan")
 OPS = DATA_OPS + CONTROL_OPS
+LOGGED_OPS = ("snapshot", "revert", "clone", "delete", "resize")
+"""Operations that change the store, so that there is a log record of them."""
+
+STEPS = ("before-log", "after-log", "after-swap", "before-ack")
+"""Where ``kill_daemon`` can kill: nothing is done; the change is in the log and in memory, which is one step here, but not yet durable (the
+second and third); it is durable and the answer has not left. What is in no log has only the first and the last."""
+
 WRITE_OPS = ("write", "trim", "zero")
 MOVING_OPS = ("read", "write")
 

@@ -137,7 +137,7 @@ class Action(Table):
     iops_size: f.BlockSize = Field(None, description="larger requests count as several of this size")
     burst: f.BurstText = Field(None, description="on top of the rate: 200MB, or 200MB for 5s")
     depth: Count | None = Field(None, description="requests in service at a time")
-    group: f.Names = Field((), description="share rate, iops and depth under this name; disks of a revert (kill_daemon)")
+    group: f.Names = Field((), description="share rate, iops and depth under this name; kill_daemon: only if these disks, or disks of these groups, are meant")
     error: f.Error = Field(None, description="answer with an error: EIO, ENOSPC, ESHUTDOWN...")
     fault: Annotated[int, Field(ge=1, le=9999, strict=True)] | None = Field(
         None, description="control operations: fail with this fault of SMAPIv1, before anything is done"
@@ -164,7 +164,7 @@ class Action(Table):
     power: Literal["on"] | None = Field(None, description="power is back")
     drain: f.Latency = Field(None, description="how long closing and detaching take")
     replay: Replay | None = Field(None, description="replay a trace")
-    kill_daemon: Name | None = Field(None, description="at-step, or the name of a step: the daemon dies there")
+    kill_daemon: f.KillStep = Field(None, description="at-step, or the name of a step: the daemon dies there")
     event: f.EventName = Field(None, description="raise an event that 'when' and 'until' can wait for")
 
 
@@ -284,9 +284,12 @@ class Explore(Table):
 
     size: f.Bytes = Field(64 << 20, description="of the disk; 64MiB if not given")
     prepare: Command | None = Field(None, description="a command before the load; what it writes is there in every state")
-    load: Command | None = Field(None, description="the command whose writes are explored; or --workload")
+    load: Command | None = Field(
+        None, description="the command whose writes are explored; or --workload; else what the library's power-cut does to an ext4"
+    )
     sector: f.SectorSize = Field(512, description="is written whole or not at all; 512B if not given")
     states: int = Field(200, ge=1, le=100_000, strict=True, description="how many states to look at")
+    recover: Command | None = Field(None, description="a command on each state, before it is checked: what a guest does when it starts")
     check: Command = Field(description="a command; {device} is the disk, a file, and {uri} the same over NBD")
 
 

@@ -53,6 +53,7 @@ __all__ = [
     "BadScenario",
     "BadTrace",
     "ScenarioRunning",
+    "DaemonStopping",
     "NoScenario",
     "InjectedFault",
     "CannotExplore",
@@ -440,6 +441,14 @@ class ScenarioRunning(SimsrError):
     exit_code = 42
     http_status = 409
     hint = "End it first: 'simsr scenario stop'."
+
+
+class DaemonStopping(SimsrError):
+    """{what} is not begun: the daemon is stopping"""
+
+    exit_code = 56
+    http_status = 503
+    hint = "Ask again when it has been started again."
 
 
 class NoScenario(SimsrError):

@@ -76,7 +76,7 @@ class TestEach:
 
     def test_mistakes_of_the_caller_are_4xx(self, cls):
         ours = issubclass(cls, StoreError) and cls is not errors.StoreLocked
-        ours |= cls in (SimsrError, Unsupported, errors.NoSpace, errors.DaemonUnreachable)
+        ours |= cls in (SimsrError, Unsupported, errors.NoSpace, errors.DaemonUnreachable, errors.DaemonStopping)
         assert (cls.http_status >= 500) == ours
 
     def test_everything_is_a_simsr_error(self, cls):

@@ -34,6 +34,8 @@ __all__ = ["crash_commands"]
 crash_commands = typer.Typer(help="Find out what a crash would leave of a disk.", no_args_is_help=True)
 
 NAME = "explored"
+LIBRARY = "power-cut"
+"""The scenario of the library whose load is taken when a file has none: an ext4 that a kernel mounts."""
 FAILED = 1
 SHOWN_MAX = 10
 OUTPUT_MAX = 4000
@@ -47,15 +49,18 @@ class Plan(NamedTuple):
     size_bytes: int
     prepare: str | None
     load: str | None
+    recover: str | None
     check: str
     states: int
     seed: int
     sector_bytes: int
     each_write: bool
+    in_force: dict[str, Any] | None
+    """the scenario whose rules are in force during the load, as the API takes it"""
 
     @property
     def needs_files(self) -> bool:
-        return any("device" in command for command in (self.prepare, self.load, self.check) if command)
+        return any("device" in command for command in (self.prepare, self.load, self.recover, self.check) if command)
 
 
 @crash_commands.callback()
@@ -70,6 +75,7 @@ def explore(
     check: Annotated[Optional[str], typer.Option("--check", metavar="CMD", help="Status 0: the state is good.")] = None,
     workload: Annotated[Optional[str], typer.Option("--workload", metavar="CMD", help="What writes to the disk.")] = None,
     prepare: Annotated[Optional[str], typer.Option("--prepare", metavar="CMD", help="Before it; not explored.")] = None,
+    recover: Annotated[Optional[str], typer.Option("--recover", metavar="CMD", help="On each state, before it is checked.")] = None,
     size: Annotated[Optional[str], typer.Option("--size", metavar="SIZE", help="Of the disk; 64MiB if not given.")] = None,
     states: Annotated[Optional[int], typer.Option("--states", metavar="N", help="At most so many; 200 if not given.", min=1, max=100_000)] = None,
     seed: Annotated[Optional[int], typer.Option("--seed", metavar="N", help="Instead of the seed of FILE.", min=0)] = None,
@@ -82,10 +88,10 @@ def explore(
     """Run a load on a disk, and a checker on every state that a crash could leave.
 
     The commands are for sh; {device} is the disk as a file, {uri} over NBD, also in $device and $uri. The checker may write to what it
-    gets. Exit status: 0 all states are good, 1 some are not.
+    gets. The rules of FILE are in force during the load, but for power cuts. Exit status: 0 all states are good, 1 some are not.
     """
     options = {
-        "check": check, "load": workload, "prepare": prepare, "states": states, "seed": seed,
+        "check": check, "load": workload, "prepare": prepare, "recover": recover, "states": states, "seed": seed,
         "size": None if size is None else parse_size(size), "sector": None if sector is None else parse_size(sector),
     }  # fmt: skip
     plan = _plan(file, {key: value for key, value in options.items() if value is not None}, each_write)
@@ -100,18 +106,24 @@ def explore(
 
 def _plan(file: str | None, options: dict[str, Any], each_write: bool) -> Plan:
     """What FILE says, with the options in place of it. Raises `BadScenario`, `BadRequest`, `FileFailure`."""
-    said: dict[str, Any] = {"seed": 0, "size": 64 << 20, "states": 200, "sector": 512, "prepare": None, "load": None, "each_write": False}
+    nothing = dict.fromkeys(("prepare", "load", "recover"))
+    usual: dict[str, Any] = {"seed": 0, "size": 64 << 20, "states": 200, "sector": 512, **nothing, "each_write": False, "in_force": False}
+    said, body = options, None
     if file is not None:
         from simsr.daemon.scenario_text import explore_of
 
-        said |= explore_of(**read_scenario(file))
-    said |= options
+        body = read_scenario(file)
+        said = explore_of(**body) | options
+        if not said.get("load"):
+            of_library = explore_of(**read_scenario(LIBRARY))
+            usual |= {key: of_library[key] for key in ("size", "sector", "prepare", "load", "recover")}
+    said = usual | said
     if not said.get("check"):
         raise BadRequest(what="the exploration", reason="there is no checker: give --check CMD, or FILE with [explore]")
     return Plan(
-        file or "the load", said["size"], said["prepare"], said["load"], said["check"], said["states"], said["seed"], said["sector"],
-        each_write or said["each_write"],
-    )
+        file or "the load", said["size"], said["prepare"], said["load"], said["recover"], said["check"], said["states"], said["seed"],
+        said["sector"], each_write or said["each_write"], body if said["in_force"] else None,
+    )  # fmt: skip
 
 
 class _Keeping:
@@ -184,15 +196,40 @@ class _Explorer:
         try:
             if plan.prepare is not None:
                 self._must("the preparation", plan.prepare, vdi)
-            client.post(client.vdi_path(vdi["uuid"], "crash-log"), {"each_write": plan.each_write})
-            self._must("the load", plan.load, vdi)
-            log = client.post(client.vdi_path(vdi["uuid"], "crash-log", "end"), {})
+            with self._in_force():
+                client.post(client.vdi_path(vdi["uuid"], "crash-log"), {"each_write": plan.each_write})
+                self._load(plan.load, vdi)
+                log = client.post(client.vdi_path(vdi["uuid"], "crash-log", "end"), {})
         except BaseException:
             with undisturbed(), contextlib.suppress(DaemonAnswer):  # so that a directory that was given has no half recording
                 client.close()
                 delete_when_free(client, vdi["uuid"])
             raise
         return dict(log)
+
+    @contextlib.contextmanager
+    def _in_force(self) -> Iterator[None]:
+        """With it the rules of the scenario are in force, but for those that end everything."""
+        body = self._plan.in_force
+        if body is None:
+            yield
+            return
+        self._client.post("/v1/scenario", {**body, "seed": self._plan.seed, "ends": False})
+        try:
+            yield
+        finally:
+            with undisturbed(), contextlib.suppress(DaemonAnswer):
+                self._client.delete("/v1/scenario")
+
+    def _load(self, command: str, vdi: dict[str, Any]) -> None:
+        """Run the load. Where rules are in force it may fail because of them, and what it has written counts."""
+        if self._plan.in_force is None:
+            return self._must("the load", command, vdi)
+        status, output = self._run(command, vdi)
+        if status in CANNOT_RUN:
+            raise CannotExplore(what=self._plan.source, reason=f"the load cannot be run: {output.strip()}")
+        if status:
+            complain(f"the load ended with status {status} under the rules: {output.strip() or 'it said nothing'}")
 
     def _log(self) -> dict[str, Any]:
         log = self._recorded() or self._record()
@@ -242,12 +279,14 @@ class _Explorer:
     def _check(self, vdi: str, state: str) -> tuple[int, str]:
         made = self._make(vdi, state)
         try:
-            status, output = self._run(self._plan.check, made)
+            status, output = self._run(self._plan.recover, made) if self._plan.recover is not None else (0, "")
+            if not status:
+                status, output = self._run(self._plan.check, made)
         finally:
             with undisturbed():
                 delete_when_free(self._client, made["uuid"])
         if status in CANNOT_RUN:
-            raise CannotExplore(what=self._plan.source, reason=f"the checker cannot be run: {output.strip()}")
+            raise CannotExplore(what=self._plan.source, reason=f"the checker, or the recovery, cannot be run: {output.strip()}")
         return status, output
 
     # Commands.

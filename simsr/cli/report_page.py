@@ -187,6 +187,10 @@ def _waiting(report: dict[str, Any]) -> str:
     return "".join(lines)
 
 
+_DURABLE = {"flush": "at a flush", "each-write": "each write"}
+"""When a client takes its writes for safe from a power cut."""
+
+
 def _disks(report: dict[str, Any]) -> str:
     rows = [
         (
@@ -195,6 +199,7 @@ def _disks(report: dict[str, Any]) -> str:
                 safe(disk["name"] or "–"),
                 f"<code>{safe(disk['vdi'])}</code>",
                 size(disk["size_bytes"]),
+                ", ".join(f"{one['kind']} ({_DURABLE[one['durability']]})" for one in disk["clients"]) or "–",
                 number(sum(disk["requests"].values())),
                 size(disk["bytes"].get("read", 0)),
                 size(disk["bytes"].get("write", 0)),
@@ -203,4 +208,4 @@ def _disks(report: dict[str, Any]) -> str:
         )
         for disk in report["disks"]
     ]
-    return _table(("disk", "uuid", "size", "requests", "read", "written", "errors"), rows, 2)
+    return _table(("disk", "uuid", "size", "clients (durable)", "requests", "read", "written", "errors"), rows, 2)

@@ -158,6 +158,7 @@ def _run(
     client: Client, body: dict[str, Any], detach: bool, for_s: float | None, write: Callable[[dict[str, Any]], None] | None, as_json: bool
 ) -> None:
     started = client.post("/v1/scenario", body)
+    _warn(started)
     if detach:
         return print_json(started) if as_json else say(f"{started['scenario']} is in force, seed {started['seed']}.")
     if not as_json:
@@ -173,6 +174,13 @@ def _run(
                 write(client.get("/v1/scenario/report"))
     print_json(ended) if as_json else _print_status(ended)
     check_expectations(ended)
+
+
+def _warn(answer: dict[str, Any]) -> None:
+    for warning in answer["warnings"]:
+        complain(f"warning: {warning}")
+    if answer.get("under_way"):
+        complain(f"warning: {answer['under_way']} requests that came before the rule are still being answered")
 
 
 def _follow(phases: Any, for_s: float | None, quiet: bool) -> None:
@@ -286,6 +294,7 @@ def add(
     body = _merged(rule, {"match": match, "trigger": trigger, "action": action})
     client: Client = context.obj.client
     answer = client.post("/v1/faults", {"rule": body, "name": name})
+    _warn(answer)
     print_json(answer) if as_json else print(answer["rule"])
 
 
@@ -340,7 +349,7 @@ def heal(
     context: typer.Context,
     vdis: Annotated[Optional[list[str]], typer.Argument(metavar="[VDI]...", help="Default: all.")] = None,
     permanent: Annotated[
-        bool, typer.Option("--permanent", help="Write the damage into the disks, so that it stays, before it is forgotten.")
+        bool, typer.Option("--permanent", "--make-permanent", help="Write the damage into the disks, so that it stays, before it is forgotten.")
     ] = False,
 ) -> None:
     """Take the damage away from disks: torn, lost, misdirected and rotten data, bad blocks."""

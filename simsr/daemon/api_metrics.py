@@ -50,12 +50,13 @@ class _Collector:
 
     def _of_scenario(self) -> Iterator[Metric]:
         found = self._host.theatre.playing.statistics()
-        labels = ["scenario", "rule"]
+        labels = ["scenario", "rule", "action"]
         hits = CounterMetricFamily("simsr_rule_hits", "times that a rule has fired", labels=labels)
         matched = CounterMetricFamily("simsr_rule_matched", "requests that a rule has looked at", labels=labels)
         for rule in found["rules"]:
-            hits.add_metric([found["scenario"], rule["rule"]], rule["hits"])
-            matched.add_metric([found["scenario"], rule["rule"]], rule["matched"])
+            who = [found["scenario"], rule["rule"], rule["action"]]
+            hits.add_metric(who, rule["hits"])
+            matched.add_metric(who, rule["matched"])
         yield from (hits, matched)
         yield CounterMetricFamily("simsr_scenario_decided", "requests that a scenario decided on", found["decided"])
         yield GaugeMetricFamily("simsr_scenario_hung", "requests that hang now", found["hung"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from simsr.daemon.answers import error_answer
 from simsr.daemon.host import Host
 from simsr.daemon.scenario_text import check_text, library_plans, library_text
 from simsr.errors import SimsrError
+from simsr.sr.vdi import Vdi
 
 __all__ = ["scenario_router", "ControlGate"]
 
@@ -45,6 +47,7 @@ class ScenarioStart(ScenarioText):
     step: Literal["before-log", "after-log", "after-swap", "before-ack"] | None = Field(
         None, description='where kill_daemon = "at-step" kills'
     )
+    ends: bool = Field(True, description="false: rules that cut the power or kill the daemon are left out")
 
 
 class FaultAdd(Body):
@@ -78,6 +81,7 @@ class TextOut(BaseModel):
 
 class RuleOut(BaseModel):
     rule: str
+    action: str = Field(description="what it does; several actions are joined with +")
     in_force: bool
     matched: int = Field(description="requests that it looked at")
     hits: int = Field(description="times that it fired")
@@ -136,6 +140,7 @@ class ScenarioOut(BaseModel):
     under_way: int = Field(description="requests that wait now, those that hang included")
     power_cuts: int
     replays: list[dict[str, Any]] = Field(description="loads: requests issued, errors, lag_p50_ns, lag_p99_ns, lag_max_ns")
+    warnings: list[str] = Field(description="when it was begun: what the clients that were there could not carry or bear; disks that were not there")
     notes: list[dict[str, Any]] = Field(description="the last phases and events: at_s, what, name")
     expectations: list[ExpectationOut]
 
@@ -143,6 +148,8 @@ class ScenarioOut(BaseModel):
 class InForceOut(BaseModel):
     rule: str | None = Field(description="its name; null: all")
     in_force_after: int = Field(description="the number of the last request decided before")
+    under_way: int = Field(description="of a rule that lets requests hang: those from before it that are not answered after 5 s")
+    warnings: list[str] = Field(description="what the clients that are there now could not carry or bear; disks that are not there")
 
 
 class HealedOut(BaseModel):
@@ -183,7 +190,7 @@ def scenario_router(host: Host) -> APIRouter:
     @router.post("/v1/scenario", status_code=201, response_model=ScenarioOut)
     async def start_scenario(body: ScenarioStart) -> dict:
         """Put a scenario in force; answered when it is."""
-        play = await theatre.start(body.text, body.source, body.directory, body.seed, body.step)
+        play = await theatre.start(body.text, body.source, body.directory, body.seed, body.step, body.ends)
         return play.statistics()
 
     @router.get("/v1/scenario", response_model=ScenarioOut)
@@ -194,7 +201,7 @@ def scenario_router(host: Host) -> APIRouter:
     @router.delete("/v1/scenario", response_model=ScenarioOut)
     async def stop_scenario() -> dict:
         """End the scenario; answered when nothing of it is in force any more."""
-        return theatre.stop()
+        return await theatre.stop_and_keep()
 
     @router.get("/v1/scenario/report", response_model=ReportOut)
     async def report() -> dict:
@@ -255,25 +262,29 @@ def scenario_router(host: Host) -> APIRouter:
 
 
 _ON_VDI = re.compile(r"/v1/vdis/([^/]+)/(snapshot|clone|revert|undo|redo|resize|attach|detach)")
-_OPS = {"undo": "revert", "redo": "revert"}
 
 
 class ControlGate:
-    """Lets operations of the control plane meet the scenario in force: they are late, fail, hang, or kill the daemon at a step."""
+    """Lets operations of the control plane meet the scenario in force: they are late, fail, hang, or kill the daemon at a step.
+
+    An operation on a group meets it once for each of its disks, in their order. What only asks what would be (``dry_run``), or cannot be
+    understood, meets nothing.
+    """
 
     def __init__(self, app: ASGIApp, host: Host) -> None:
         self._app, self._host = app, host
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or self._host.theatre.play is None or (found := self._operation(scope)) is None:
+        if scope["type"] != "http" or self._host.theatre.play is None:
             await self._app(scope, receive, send)
             return
-        theatre, (op, names) = self._host.theatre, found
         before_answer: list[Callable[[], None]] = []
         try:
-            for name in names:
-                _, vdi = self._host.find_vdi(name)
-                before_answer.append(await theatre.before(op, vdi))
+            found, receive = await self._operation(scope, receive)
+            if found is not None:
+                op, vdis = found
+                for vdi in vdis:
+                    before_answer.append(await self._host.theatre.before(op, vdi, vdis=self._count(vdi.sr)))
         except SimsrError as error:
             await error_answer(error)(scope, receive, send)
             return
@@ -285,14 +296,62 @@ class ControlGate:
 
         await self._app(scope, receive, send_answer)
 
-    def _operation(self, scope: Scope) -> tuple[str, list[str]] | None:
-        """(operation, names of the VDIs) of a request."""
+    def _count(self, sr: str) -> int:
+        return sum(1 for vdi in self._host.all_vdis() if vdi.sr == sr)
+
+    async def _operation(self, scope: Scope, receive: Receive) -> tuple[tuple[str, list[Vdi]] | None, Receive]:
+        """(operation, the disks it is for) of a request, or None, and what gives its body to whoever comes next. Raises `NotFound`."""
         method, path = scope["method"], scope["raw_path"].decode("ascii", "replace").partition("?")[0]
-        if method == "POST" and (match := _ON_VDI.fullmatch(path)):
-            return _OPS.get(match[2], match[2]), [unquote(match[1])]
-        if method == "DELETE" and (match := re.fullmatch(r"/v1/vdis/([^/]+)", path)):
-            return "delete", [unquote(match[1])]
         if method == "GET" and path == "/v1/vdis" and (sr := QueryParams(scope["query_string"]).get("sr")):
-            vdis = [vdi for vdi in self._host.all_vdis() if vdi.sr == sr]
-            return ("scan", [vdis[0].uuid]) if vdis else None
-        return None
+            return next((("scan", [vdi]) for vdi in self._host.all_vdis() if vdi.sr == sr), None), receive
+        if method == "DELETE" and (match := re.fullmatch(r"/v1/vdis/([^/]+)", path)):
+            return ("delete", [self._find(match[1])]), receive
+        if method != "POST":
+            return None, receive
+        if path == "/v1/snapshots":
+            body, receive = await _body(receive)
+            names = (body or {}).get("vdis")
+            known = isinstance(names, list) and all(isinstance(name, str) for name in names)
+            return (("snapshot", [self._host.find_vdi(name)[1] for name in names]) if known else None), receive
+        if (match := _ON_VDI.fullmatch(path)) is None:
+            return None, receive
+        vdi = self._find(match[1])
+        if match[2] not in ("revert", "undo", "redo"):
+            return (match[2], [vdi]), receive
+        body, receive = await _body(receive)
+        return (None if body is None or body.get("dry_run") is True else ("revert", self._reverted(vdi, match[2], body))), receive
+
+    def _find(self, quoted: str) -> Vdi:
+        return self._host.find_vdi(unquote(quoted))[1]
+
+    def _reverted(self, vdi: Vdi, mode: str, body: dict[str, Any]) -> list[Vdi]:
+        """The disks that a revert, undo or redo is for: not the snapshot that it names."""
+        repository = self._host.mounted[vdi.sr].repository
+        try:
+            if body.get("group") is True:
+                found = repository.wishes.group(vdi) if mode == "revert" else repository.history.undo_wishes(vdi, mode, True)
+                return [wish.disk for wish in found]
+            return [self._host.find_vdi(str(body.get("target") or vdi.snapshot_of or vdi.uuid))[1] if mode == "revert" else vdi]
+        except SimsrError:  # what is wrong with it is said by whoever carries it out
+            return [vdi]
+
+
+async def _body(receive: Receive) -> tuple[dict[str, Any] | None, Receive]:
+    """The JSON object that a request brings ({} without a body, None if it is none), and what receives it once more."""
+    messages: list[Message] = []
+    parts: list[bytes] = []
+    while sum(map(len, parts)) <= TEXT_MAX:
+        message = await receive()
+        messages.append(message)
+        parts.append(message.get("body", b""))
+        if not message.get("more_body"):
+            break
+
+    async def again() -> Message:
+        return messages.pop(0) if messages else await receive()
+
+    try:
+        body = json.loads(b"".join(parts) or b"{}")
+    except (ValueError, RecursionError):
+        body = None
+    return (body if isinstance(body, dict) else None), again

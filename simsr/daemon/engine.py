@@ -239,7 +239,7 @@ class Disk(Gated):
         self.terms = terms or Terms()
         self.changed = changed
         self.scripted: Scripted | None = None
-        self.client_kind = "qemu"  # until the face knows better
+        self.client_kind, self.each_write_durable = "qemu", False  # until the face knows better
         self.tap: Tap | None = None  # while the disk is recorded
         self.read = volume.read
         self.flush_soon = engine.flush_soon

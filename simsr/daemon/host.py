@@ -99,7 +99,9 @@ class Host:
         self.nbd = NbdServer(self.nbd_exports, **nbd_options)
         self.mounts = Mounts(self)
         self.replays = Replays(self)
-        self.theatre = Theatre(self.plain_disk, lambda vdi: self.mounted[vdi.sr].engine, self.replays.reach)
+        self.theatre = Theatre(
+            self.plain_disk, lambda vdi: self.mounted[vdi.sr].engine, self.replays.reach, self._files.report_file, self.all_vdis
+        )
         self.exploring = Exploring(self)
         self.started = time.monotonic()
         self._listeners: dict[str, trio.CancelScope] = {}

@@ -191,6 +191,7 @@ class ScratchDisk:
 
     scripted = tap = None
     client_kind = "qemu"
+    each_write_durable = False
 
     def __init__(self, size_bytes: int) -> None:
         self.size_bytes = size_bytes

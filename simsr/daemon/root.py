@@ -23,6 +23,9 @@ __all__ = ["Root", "DiskRoot"]
 class Root(Protocol):
     """What a host needs of its root. All but `listen` and `unlisten` may block."""
 
+    report_file: str | None
+    """Where the report of the last scenario is kept, if anywhere."""
+
     def prepare(self) -> None:
         """Take it for this process, and sweep up what a crash left. Raises OSError, `StoreLocked`."""
 
@@ -59,6 +62,7 @@ class DiskRoot:
     def __init__(self, path: str) -> None:
         self._path = path
         self._lock_fd = -1
+        self.report_file: str | None = self._of("last-report.json")
 
     def _of(self, *parts: str) -> str:
         return os.path.join(self._path, *parts)

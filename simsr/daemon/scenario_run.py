@@ -46,6 +46,9 @@ log = logging.getLogger("simsr.scenario")
 NOTES_MAX = 4096
 """Phases and events that are kept for whoever asks later."""
 
+DRAIN_S, _POLL_S = 5.0, 0.002
+"""How long a rule that lets requests hang is not answered while some that came before it are still being answered."""
+
 LIVE = "live"
 """The name of the empty scenario that is made for live rules."""
 
@@ -61,6 +64,19 @@ class _Attached:
         self.cache = WriteCache(each_write)
         self.lock = trio.Lock()
         self.disks: dict[Disk, ScriptedDisk] = {}
+        self._clients: set[tuple[str, str]] = set()  # of attachments that have ended
+
+    def gone(self, disk: Disk) -> None:
+        self.disks.pop(disk, None)
+        self._clients.add(self._client(disk))
+
+    @property
+    def clients(self) -> list[tuple[str, str]]:
+        """(kind, when its writes survive a power cut) of those that have, or had, the disk attached."""
+        return sorted(self._clients | {self._client(disk) for disk in self.disks})
+
+    def _client(self, disk: Disk) -> tuple[str, str]:
+        return disk.client_kind, "each-write" if self.cache.each_write or disk.each_write_durable else "flush"
 
 
 class ScenarioRun:
@@ -78,6 +94,7 @@ class ScenarioRun:
         self._changed = trio.Event()
         self._cuts: list[Order] = []
         self.notes: list[dict[str, Any]] = []
+        self.warnings: list[str] = []
         self.cuts = 0
         self.is_over = False
         self._live_rules = 0
@@ -119,7 +136,7 @@ class ScenarioRun:
 
     def detach(self, vdi: Vdi, disk: Disk) -> None:
         if attached := self._vdis.get(vdi.uuid):
-            attached.disks.pop(disk, None)
+            attached.gone(disk)
         script(disk, None)
 
     def _script(self, attached: _Attached) -> None:
@@ -333,14 +350,19 @@ class ScenarioRun:
         self._files.prepare_rule(rule)
         return rule
 
-    def add_rule(self, rule: Rule) -> dict[str, Any]:
-        """Put a rule in force. Raises `BadRequest`."""
+    async def add_rule(self, rule: Rule) -> dict[str, Any]:
+        """Put a rule in force; if requests may hang because of it, wait a while for those that were under way. Raises `BadRequest`."""
+        earlier = [state for state in self._under_way if state.parked_by is None] if self.engine.hangs(rule) else []
         if rule.action.power_cut is not None:
             self._remember_writes()
         decided = self.engine.add_rule(rule, current_ns())
         self.obey()
         self._script_all()
-        return {"rule": rule.name, "in_force_after": decided}
+        with trio.move_on_after(DRAIN_S):
+            while any(state in self._under_way and state.parked_by is None for state in earlier):
+                await trio.sleep(_POLL_S)
+        left = sum(state in self._under_way and state.parked_by is None for state in earlier)
+        return _in_force(rule.name, decided, left)
 
     def _remember_writes(self) -> None:
         self._keeps = True
@@ -351,14 +373,14 @@ class ScenarioRun:
         """Raises `NotFound`."""
         decided = self.engine.remove_rule(name, current_ns())
         self.obey()
-        return {"rule": name, "in_force_after": decided}
+        return _in_force(name, decided)
 
     def reset(self) -> dict[str, Any]:
         """End all rules and phases, heal all damage, let everybody go on."""
         decided = self.engine.reset(current_ns())
         self.obey()
         self._measure_no_more()
-        return {"rule": None, "in_force_after": decided}
+        return _in_force(None, decided)
 
     def _measure_no_more(self) -> None:
         """Where no rule applies any more, that is."""
@@ -406,6 +428,7 @@ class ScenarioRun:
             "power_cuts": self.cuts,
             "replays": self.loads.statistics(),
             "notes": self.notes[-100:],
+            "warnings": self.warnings,
             "expectations": outcomes_of(self.engine.scenario, self._seen(self.recorder, shown["rules"])),
         }
 
@@ -424,9 +447,13 @@ class ScenarioRun:
     def recording(self) -> Recording:
         """What a report is made of (`scenarios.report`), in a worker thread if need be: the run changes nothing of it."""
         rules = self.engine.statistics()["rules"]
-        disks = [(one.vdi.uuid, one.vdi.name, one.vdi.size_bytes) for one in self._vdis.values()]
+        disks = [(one.vdi.uuid, one.vdi.name, one.vdi.size_bytes, one.clients) for one in self._vdis.values()]
         seen = self._seen(self.recorder.frozen(), rules)
         return Recording(self.engine.scenario, self.engine.seed, self._began, seen, rules, disks)
+
+
+def _in_force(rule: str | None, decided: int, under_way: int = 0) -> dict[str, Any]:
+    return {"rule": rule, "in_force_after": decided, "under_way": under_way, "warnings": []}
 
 
 def _concerns(scenario: Scenario, rules: DiskRules) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from scenarios.checks import client_problems
 from scenarios.clients import CLIENTS
-from scenarios.loader import library, library_text, load
+from scenarios.loader import library, library_text, load, without_ends
 from scenarios.schema import Phase, Rule, Scenario, json_schema
 from simsr.daemon.trace_files import TraceFiles
 
@@ -41,11 +41,14 @@ def plan_of(text: str, source: str, directory: str | None) -> dict[str, Any]:
 
 
 def explore_of(text: str, source: str, directory: str | None) -> dict[str, Any]:
-    """What a scenario says of exploring crash states: name, seed, each_write, and its [explore], if there is one. Raises `BadScenario`, `BadTrace`."""
+    """What a scenario says of exploring crash states: name, seed, each_write, whether there is anything to be put in force during the load, and
+    what its [explore] says, if there is one. Raises `BadScenario`, `BadTrace`."""
     scenario = load(text, source, TraceFiles(directory).times)
     durabilities = {profile.durability for profile in scenario.profile.values()}
-    explore = scenario.explore.model_dump() if scenario.explore is not None else {}
-    return {"name": scenario.name, "seed": scenario.seed, "each_write": durabilities == {"each-write"}, **explore}
+    explore = scenario.explore.model_dump(exclude_unset=True) if scenario.explore is not None else {}
+    rest = without_ends(scenario)
+    in_force = bool(rest.profile or rest.rule or any(phase.rule for phase in rest.phase))
+    return {"name": scenario.name, "seed": scenario.seed, "each_write": durabilities == {"each-write"}, "in_force": in_force, **explore}
 
 
 def _plan(scenario: Scenario, text: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import trio
 
@@ -137,16 +137,22 @@ class ScriptedDisk:
         await write(self._disk, offset, length, view)
         if cache.keeps:
             cache.wrote(offset, bytes(length) if view is None else bytes(view), stable=fua or cache.each_write)
-        if cache.log is not None:
-            await self._log(cache.log, offset, length, view, fua or cache.each_write)
         overlay.wrote(offset, length if view is None else view, current_ns(), effects, before)
+        if cache.log is not None:
+            await self._log(cache.log, offset, length, view, fua or cache.each_write, {effect.kind: effect.value for effect in effects})
 
-    async def _log(self, log: WriteLog, offset: int, length: int, view: memoryview | None, stable: bool) -> None:
-        """Tell of a write that was done, in whole sectors: of a part of one, the sector as it is now."""
-        start, end = offset // SECTOR_BYTES * SECTOR_BYTES, -(-(offset + length) // SECTOR_BYTES) * SECTOR_BYTES
-        if (start, end) != (offset, offset + length):
-            view = memoryview(await read(self._disk, start, end - start))
-        log.wrote(start, view, end - start, stable)
+    async def _log(
+        self, log: WriteLog, offset: int, length: int, view: memoryview | None, stable: bool, damage: dict[str, Any]
+    ) -> None:
+        """Tell of what a write has done to the medium, in whole sectors: of a part of one, and of what was damaged, as it is seen now."""
+        places = [offset] if not damage or {"torn", "flip"} & damage.keys() else []
+        places += [damage["misdirect"]] if "misdirect" in damage else []
+        for place in places:
+            start, end = place // SECTOR_BYTES * SECTOR_BYTES, -(-(place + length) // SECTOR_BYTES) * SECTOR_BYTES
+            if damage or (start, end) != (place, place + length):
+                view = memoryview(await read(self._disk, start, end - start))
+                self._rules.overlay.show(start, view, current_ns())
+            log.wrote(start, view, end - start, stable)
 
     async def flush(self, reply: Reply | None = None) -> None:
         """Raises OSError, `Dropped`, what the disk raises."""
@@ -171,8 +177,9 @@ class ScriptedDisk:
         with Measured(self._meter, op):
             await self.until_due(Request(op, offset, length, client=self.client))
 
-    async def meet_control(self, op: str, client: str) -> Plan:
+    async def meet_control(self, op: str, client: str, vdis: int = 1) -> Plan:
         """For an operation of the control plane; what it then does itself takes no part. Raises OSError, `Dropped`."""
+        self._rules.vdis = vdis
         with Measured(self._meter, op):
             return await self.until_due(Request(op, client=client))
 

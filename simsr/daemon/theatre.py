@@ -9,47 +9,52 @@ from __future__ import annotations
 import errno
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import trio
 
 from nbd_export.disk import Dropped
-from scenarios.loader import load
-from scenarios.report import Recording, report_of
-from scenarios.request import Effect
+from scenarios.loader import load, without_ends
+from scenarios.report import Recording as Recorded
+from scenarios.report import report_of
+from scenarios.request import LOGGED_OPS, STEPS, Effect
 from scenarios.schema import Scenario
 from scenarios.write_cache import WriteLog
 from simsr.daemon import threads
-from simsr.daemon.alarm import Alarm
+from simsr.daemon.alarm import Alarm, current_ns
 from simsr.daemon.engine import Disk, Engine
+from simsr.daemon.fitting import check_fit, check_rules
+from simsr.daemon.last_report import load_report, save_report
 from simsr.daemon.loads import Reach
 from simsr.daemon.recording import Recording, Tap
 from simsr.daemon.scenario_run import LIVE, ScenarioRun
 from simsr.daemon.trace_files import TraceFiles
-from simsr.errors import InjectedFault, NoScenario, NotFound, RecordingRunning, ScenarioRunning
+from simsr.errors import DaemonStopping, InjectedFault, NoScenario, NotFound, RecordingRunning, ScenarioRunning
 from simsr.sr.vdi import Vdi
 from simsr.store.store import Delete, Op
 
-__all__ = ["Theatre", "STEPS"]
-
-STEPS = ("before-log", "after-log", "after-swap", "before-ack")
-"""Where ``kill_daemon`` can kill: nothing is done; the change is in the log and in memory, which is one step here, but not yet durable (the
-second and third); it is durable and the answer has not left."""
+__all__ = ["Theatre"]
 
 
 class Theatre:
     """``make_disk`` gives a disk on which damage is made permanent and power cuts are carried out; ``engine_of`` the engine of a VDI's SR;
-    ``reach`` the disks that loads go to."""
+    ``reach`` the disks that loads go to; ``report_file`` is where the report of the last scenario is kept, if anywhere; ``vdis`` gives all."""
 
-    def __init__(self, make_disk: Callable[[Vdi], Disk], engine_of: Callable[[Vdi], Engine], reach: Reach | None = None) -> None:
+    def __init__(
+        self, make_disk: Callable[[Vdi], Disk], engine_of: Callable[[Vdi], Engine], reach: Reach | None = None,
+        report_file: str | None = None, vdis: Callable[[], Iterable[Vdi]] = tuple,
+    ) -> None:  # fmt: skip
+        self._report_file, self._vdis = report_file, vdis
+        self._is_stopping = False
         self._make_disk, self._engine_of, self._reach = make_disk, engine_of, reach
         self._disks: dict[Disk, tuple[Vdi, str]] = {}
         self.recordings: dict[str, Recording] = {}  # uuid of the VDI -> what is recorded of it now
         self._nursery: trio.Nursery
         self.alarm = Alarm()
         self.play: ScenarioRun | None = None
-        self.last: Recording | None = None
+        self._last: Recorded | None = None
         self._step = STEPS[0]
 
     async def run(self, task_status: trio.TaskStatus = trio.TASK_STATUS_IGNORED) -> None:
@@ -58,7 +63,11 @@ class Theatre:
             if type(trio.lowlevel.current_clock()).__name__ == "SystemClock":
                 await self._nursery.start(self.alarm.run)
             task_status.started()
-            await trio.sleep_forever()
+            try:
+                await trio.sleep_forever()
+            finally:
+                self._is_stopping = True
+                self._keep_report(self.play)
 
     # Disks.
 
@@ -113,10 +122,12 @@ class Theatre:
     # Scenarios.
 
     async def start(
-        self, text: str, source: str, directory: str | None, seed: int | None = None, step: str | None = None
+        self, text: str, source: str, directory: str | None, seed: int | None = None, step: str | None = None, ends: bool = True
     ) -> ScenarioRun:
-        """Put a scenario in force. ``step``: one of `STEPS`, where ``kill_daemon = "at-step"`` kills; whoever enumerates them starts the
-        scenario anew for each. Raises `BadScenario`, `BadTrace`, `ScenarioRunning`."""
+        """Put a scenario in force. ``step``: one of `STEPS`, where ``kill_daemon = "at-step"`` kills; whoever
+        enumerates them starts the scenario anew for each. ``ends``: if not, rules that cut the power or kill the daemon are left out.
+
+        Raises `BadScenario`, `BadTrace`, `ScenarioRunning`, `DaemonStopping`."""
         files = TraceFiles(directory)
 
         def read() -> Scenario:
@@ -127,16 +138,34 @@ class Theatre:
         scenario = await threads.run_sync(read)
         if self.play is not None:
             raise ScenarioRunning(name=self.play.engine.scenario.name)
+        if not ends:
+            scenario = without_ends(scenario)
+        warnings = check_rules(scenario, self._vdis(), self._clients(), source)
         self._step = step or STEPS[0]
-        return await self._begin(scenario, seed, files)
+        play = await self._begin(scenario, seed, files)
+        play.warnings = warnings
+        return play
 
     async def _begin(self, scenario: Scenario, seed: int | None, files: TraceFiles) -> ScenarioRun:
+        if self._is_stopping:
+            raise DaemonStopping(what=f"scenario {scenario.name!r}")
         play = ScenarioRun(scenario, seed, files, self.alarm, self._make_disk, self._reach)
         self.play = play
         for disk, (vdi, _) in self._disks.items():
             play.attach(vdi, disk)
-        await self._nursery.start(play.run)
+        try:
+            await self._nursery.start(play.run)
+        except RuntimeError:  # it was cancelled before it had begun
+            self.play = None
+            raise DaemonStopping(what=f"scenario {scenario.name!r}") from None
         return play
+
+    def _clients(self) -> dict[str, set[str]]:
+        """uuid of a VDI -> the kinds of clients that have it attached."""
+        found: dict[str, set[str]] = {}
+        for disk, (vdi, _) in self._disks.items():
+            found.setdefault(vdi.uuid, set()).add(disk.client_kind)
+        return found
 
     def stop(self) -> dict[str, Any]:
         """End it; returns how it ended. Raises `NoScenario`."""
@@ -144,15 +173,32 @@ class Theatre:
         play.end()
         self.play = None
         if not play.is_live:
-            self.last = play.recording()
+            self._last = play.recording()
         return play.statistics()
 
+    async def stop_and_keep(self) -> dict[str, Any]:
+        """`stop`, and its report outlives this daemon."""
+        ended = self.stop()
+        if self._last is not None and self._report_file is not None:
+            last, file = self._last, self._report_file
+            await trio.to_thread.run_sync(lambda: save_report(file, report_of(last)))
+        return ended
+
+    def _keep_report(self, play: ScenarioRun | None) -> None:
+        """The daemon ends, and the scenario with it."""
+        if play is not None and not play.is_live and self._report_file is not None:
+            play.recorder.close(current_ns())
+            save_report(self._report_file, report_of(play.recording()))
+
     async def report(self) -> dict[str, Any]:
-        """Of the run that is in force, else of the last scenario that was (not of live rules). Raises `NoScenario`."""
-        recording = self.play.recording() if self.play is not None else self.last
-        if recording is None:
+        """Of the run that is in force, else of the last scenario that was (not of live rules), if need be in an earlier daemon. Raises `NoScenario`."""
+        recording = self.play.recording() if self.play is not None else self._last
+        if recording is not None:
+            return await trio.to_thread.run_sync(report_of, recording)
+        kept = await trio.to_thread.run_sync(load_report, self._report_file) if self._report_file is not None else None
+        if kept is None:
             raise NoScenario(where="this daemon")
-        return await trio.to_thread.run_sync(report_of, recording)
+        return kept
 
     @property
     def playing(self) -> ScenarioRun:
@@ -168,7 +214,9 @@ class Theatre:
         if play is None:
             play = await self._begin(Scenario(simsr=1, name=LIVE), None, TraceFiles(None))
         try:
-            return play.add_rule(await threads.run_sync(play.read_rule, data, name))
+            rule = await threads.run_sync(play.read_rule, data, name)
+            warnings = check_fit(play.engine.scenario, None, rule, self._vdis(), self._clients(), "of the live rules")
+            return {**await play.add_rule(rule), "warnings": warnings}
         except BaseException:
             if began:
                 self.stop()
@@ -194,8 +242,8 @@ class Theatre:
 
     # The control plane.
 
-    async def before(self, op: str, vdi: Vdi | None, client: str = "") -> Callable[[], None]:
-        """Meet what the scenario has for an operation; returns what to call when its answer is about to leave.
+    async def before(self, op: str, vdi: Vdi | None, client: str = "", vdis: int = 1) -> Callable[[], None]:
+        """Meet what the scenario has for an operation; returns what to call when its answer is about to leave. ``vdis``: in its SR.
 
         Raises `InjectedFault`, also where a data path would drop the connection.
         """
@@ -203,7 +251,7 @@ class Theatre:
         if play is None or vdi is None:
             return _nothing
         try:
-            plan = await play.gate(vdi).meet_control(op, client)
+            plan = await play.gate(vdi).meet_control(op, client, vdis)
         except OSError as error:
             fault = getattr(error, "sm_fault", 0)
             reason = f"fault {fault}" if fault else error.strerror or ""
@@ -212,18 +260,22 @@ class Theatre:
             number = dropped.error.errno if isinstance(dropped.error, OSError) else errno.ESHUTDOWN
             raise InjectedFault(number=number or errno.EIO, operation=op, name=vdi.uuid, reason="the connection is dropped") from None
         steps = [effect for effect in plan.effects if effect.kind == "kill_daemon"]
-        return self._stage(vdi, steps[0]) if steps else _nothing
+        return self._stage(op, vdi, steps[0]) if steps else _nothing
 
-    def _stage(self, vdi: Vdi, effect: Effect) -> Callable[[], None]:
-        """Have the daemon die at its step."""
+    def _stage(self, op: str, vdi: Vdi, effect: Effect) -> Callable[[], None]:
+        """Have the daemon die at its step. An operation that is refused logs nothing, and nobody dies of it."""
         step = self._step if effect.value == "at-step" else effect.value
         if step == "before-log":
-            _die()
-        elif step in ("after-log", "after-swap"):
-            self._engine_of(vdi).on_flush = _die
-        elif step == "before-ack":
-            return _die
-        return _nothing
+            self._die()
+        elif step in ("after-log", "after-swap") and op in LOGGED_OPS:
+            engine = self._engine_of(vdi)
+            engine.on_flush = self._die
+            return partial(setattr, engine, "on_flush", None)
+        return self._die
+
+    def _die(self) -> None:
+        self._keep_report(self.play)
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def statistics(self) -> dict[str, Any] | None:
         return self.play.statistics() if self.play is not None else None
@@ -231,7 +283,3 @@ class Theatre:
 
 def _nothing() -> None:
     pass
-
-
-def _die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)

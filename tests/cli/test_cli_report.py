@@ -59,9 +59,9 @@ def sample(seed=1, length_s=60, requests=4000, name="disk"):
     end = 100 * S + length_s * S
     recorder.note("over", "", end)
     recorder.close(end)
-    rules = [{"rule": name, "in_force": False, "matched": requests, "hits": requests // 10}]
+    rules = [{"rule": name, "action": "delay", "in_force": False, "matched": requests, "hits": requests // 10}]
     seen = Seen(recorder, end, {name: 400}, recorder.events, 3, 0, 0)
-    return report_of(Recording(load(text), 5, "2026-01-02T03:04:05+00:00", seen, rules, [("uuid-1", name, 1 << 30)]))
+    return report_of(Recording(load(text), 5, "2026-01-02T03:04:05+00:00", seen, rules, [("uuid-1", name, 1 << 30, [("qemu", "flush"), ("tapdisk", "each-write")])]))
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ class RamDisk:
 
     def __init__(self, content: bytearray) -> None:
         self.content, self.scripted, self.tap, self.client_kind = content, None, None, "qemu"
+        self.each_write_durable = False
         self.flushes = 0
 
     def read(self, batch):

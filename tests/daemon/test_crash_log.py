@@ -205,3 +205,21 @@ class TestFile:
         log.wrote(0, b"x" * 512, 512, False)
         assert log.entries == [] and "No space left" in log.failure
         log.close()
+
+
+def test_what_rules_do_to_writes_is_what_is_recorded(disk):
+    """A crash after all of it, with everything on the medium, leaves what readers saw before."""
+    rules = (("0..64KiB", {"torn": {"keep": "any"}}), ("64KiB..128KiB", {"misdirect": "8KiB"}), ("128KiB..192KiB", {"lose": True}), ("192KiB..256KiB", {"flip": 9}))
+    for area, action in rules:
+        answer = disk.api.post("/v1/faults", json={"rule": {"match": {"op": "write", "range": area, "vdi": disk.vdi["uuid"]}, "action": action}})
+        assert answer.status_code == 201, answer.text
+    disk.begin()
+    with disk.client() as client:
+        for number in range(40):
+            client.pwrite(bytes([number + 1]) * 4096, number * 7168)
+        client.flush()
+        seen = client.pread(MIB, 0)
+    disk.api.post(f"{disk.log}/end")
+    image = disk.image(disk.states(states=1)[0])
+    disk.api.delete("/v1/scenario")
+    assert image == seen and 0 < sum(seen[at] != number + 1 for number, at in enumerate(range(0, 40 * 7168, 7168))) < 40

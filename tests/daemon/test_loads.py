@@ -337,13 +337,13 @@ class TestRecording:
             disk, recording = here.disks["one"], recorded()
             Tap.put(recording, disk, "me")
             tap = disk.scripted
-            here.play.add_rule(here.play.read_rule({"match": {"op": ["read"]}, "action": {"error": "EIO"}}, "bad"))
+            await here.play.add_rule(here.play.read_rule({"match": {"op": ["read"]}, "action": {"error": "EIO"}}, "bad"))
             assert disk.scripted is tap
             with pytest.raises(OSError):
                 await tap.read(0, 512)
             here.play.remove_rule("bad")
             assert disk.scripted is tap and len(await tap.read(0, 512)) == 512
-            here.play.add_rule(here.play.read_rule({"match": {"op": ["read"]}, "action": {"error": "EIO"}}, "bad"))
+            await here.play.add_rule(here.play.read_rule({"match": {"op": ["read"]}, "action": {"error": "EIO"}}, "bad"))
             Tap.take_away(disk)
             with pytest.raises(OSError):
                 await disk.scripted.read(0, 512)

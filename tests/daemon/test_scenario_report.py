@@ -123,7 +123,8 @@ async def test_errors_drops_and_clients_that_go(autojump_clock):
     reads = [one for one in found["operations"] if one["op"] == "read"]
     assert [(one["count"], one["errors"], one["bytes"]) for one in reads] == [(1, 1, 0)]
     assert found["gaps"][0]["max_s"] == pytest.approx(5) and found["events"][0]["name"] == "flushed"
-    assert found["rules"][0] == {"rule": "e", "in_force": True, "matched": 3, "hits": 1}
+    assert found["disks"][0]["clients"] == [{"kind": "qemu", "durability": "flush"}]
+    assert found["rules"][0] == {"rule": "e", "action": "error", "in_force": True, "matched": 3, "hits": 1}
 
 
 async def test_operations_of_the_control_plane_are_measured(autojump_clock):

@@ -11,7 +11,8 @@ from scenario_stage import SIZE, RamDisk, stage, timed
 from trio.testing import MockClock
 
 from nbd_export.disk import Dropped
-from simsr.errors import BadTrace, NotFound
+from simsr.daemon.theatre import Theatre
+from simsr.errors import BadTrace, DaemonStopping, NotFound
 from simsr.sr.vdi import Tip
 from simsr.store.store import Create, Reset
 
@@ -74,6 +75,42 @@ async def test_what_hangs_is_let_go_when_its_rule_is_removed(autojump_clock):
             disk = here["one"]
             assert here.play.remove_rule("stuck")["in_force_after"] >= 1
         assert here["one"] is None and bytes(await disk.read(0, 1)) == b"x"
+
+
+@pytest.mark.parametrize("delay_s, waited_s, left", [(2, 1, 0), (60, 5, 1)])
+async def test_a_hang_is_answered_when_what_was_under_way_has_ended(autojump_clock, delay_s, waited_s, left):
+    async with stage(rule('op = "read"', action=f'delay = "{delay_s}s"')) as here:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(here["one"].read, 0, 512)
+            await trio.sleep(1)
+            stuck = here.play.read_rule({"match": {"op": "read"}, "action": {"hang": True}}, "stuck")
+            answer, took = await timed(here.play.add_rule(stuck))
+            assert took == pytest.approx(waited_s, abs=0.1) and answer["under_way"] == left
+
+
+async def test_a_daemon_that_stops_begins_no_scenario(autojump_clock):
+    theatre = Theatre(lambda vdi: None, lambda vdi: None)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(theatre.run)
+        nursery.cancel_scope.cancel()
+    with pytest.raises(DaemonStopping):
+        await theatre.start('simsr = 1\nname = "late"\n', "t", None)
+    assert theatre.play is None
+
+
+async def test_one_that_stops_while_a_scenario_is_begun(autojump_clock):
+    theatre, outcome = Theatre(lambda vdi: None, lambda vdi: None), []
+
+    async def late():
+        with trio.CancelScope(shield=True), pytest.raises(DaemonStopping) as caught:
+            await theatre.start('simsr = 1\nname = "late"\n', "t", None)
+        outcome.append(caught.value)
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(theatre.run)
+        nursery.start_soon(late)
+        nursery.cancel_scope.cancel()
+    assert outcome and theatre.play is None
 
 
 async def test_a_hang_ends_by_itself_and_with_an_error(autojump_clock):
@@ -250,7 +287,7 @@ class TestPowerCut:
         async with stage("") as here:
             assert here["one"] is None
             rule = {"match": {"op": ["flush"]}, "trigger": {"nth": 2}, "action": {"power_cut": {"keep": "none"}}}
-            assert here.play.add_rule(here.play.read_rule(rule, "now"))["rule"] == "now"
+            assert (await here.play.add_rule(here.play.read_rule(rule, "now")))["rule"] == "now"
             disk = here["one"]
             await disk.write("write", 0, 512, b"a" * 512, False)
             await disk.flush()
@@ -263,7 +300,7 @@ class TestPowerCut:
 
 async def test_live_rules_have_names_and_go(autojump_clock):
     async with stage("") as here:
-        first = here.play.add_rule(here.play.read_rule({"action": {"error": "EIO"}, "match": {"op": "read"}}, None))
+        first = await here.play.add_rule(here.play.read_rule({"action": {"error": "EIO"}, "match": {"op": "read"}}, None))
         assert first["rule"] == "live-1"
         with pytest.raises(OSError):
             await here["one"].read(0, 512)

@@ -212,6 +212,32 @@ class TestControlPlane:
         assert (error["code"], error["sm_fault"], error["xenapi_code"]) == ("InjectedFault", number, f"SR_BACKEND_FAILURE_{number}")
         assert api.post(f"/v1/vdis/{vdi['uuid']}/clone").status_code == 201
 
+    def test_a_snapshot_of_a_group_meets_the_rules_of_each_disk(self, api, vdi):
+        other = api.post("/v1/vdis", json={"size_bytes": MIB}).json()
+        add(api, "second", match={"op": "snapshot"}, trigger={"nth": 2}, action={"error": "ENOSPC"})
+        answer = api.post("/v1/snapshots", json={"vdis": [vdi["uuid"], other["uuid"]]})
+        assert answer.status_code == 409 and answer.json()["error"]["sm_fault"] == 44
+        assert not [one for one in api.get("/v1/vdis").json() if one["snapshot_of"] == vdi["uuid"]], "none of them was taken"
+        assert api.post("/v1/snapshots", json={"vdis": [vdi["uuid"], other["uuid"]]}).status_code == 201
+
+    def test_a_revert_meets_the_rules_of_the_disk_and_only_when_it_is_one(self, api, vdi):
+        snapshot = api.post(f"/v1/vdis/{vdi['uuid']}/snapshot").json()
+        add(api, "no", match={"op": "revert", "vdi": vdi["uuid"]}, action={"fault": 109})
+        revert = f"/v1/vdis/{snapshot['uuid']}/revert"
+        assert api.post(revert, json={"dry_run": True}).status_code == 200
+        assert api.get("/v1/faults").json()[0]["matched"] == 0
+        for body in ({}, {"target": vdi["uuid"]}, None):
+            assert api.post(revert, **({} if body is None else {"json": body})).json()["error"]["sm_fault"] == 109
+        assert api.post(revert, content=b"[" * 100_000).status_code in (400, 422)
+
+    def test_a_scan_takes_time_for_each_disk_of_the_sr(self, api, vdi):
+        api.post("/v1/vdis", json={"size_bytes": MIB})
+        count = len(api.get("/v1/vdis").json())
+        start(api, '[profile.p]\ncontrol.scan = "per_vdi(5ms)"\n')
+        began = time.monotonic()
+        assert len(api.get("/v1/vdis", params={"sr": vdi["sr"]}).json()) == count
+        assert time.monotonic() - began >= 0.005 * count
+
     @pytest.mark.parametrize("step", ["before-log", "after-log", "after-swap", "before-ack"])
     def test_the_daemon_dies_at_a_step_of_a_revert(self, step, root):
         simsrd = Simsrd(root)
@@ -235,6 +261,8 @@ class TestControlPlane:
                 seen = client.pread(4096, 0)
             assert seen == {"before-log": b"n", "before-ack": b"o"}.get(step, seen[:1]) * 4096
             assert seen[:1] in (b"o", b"n") and seen == seen[:1] * 4096
+            report = api.get("/v1/scenario/report").json()
+            assert (report["scenario"], report["is_running"], report["rules"][0]["hits"]) == ("test", False, 1), "it is kept"
             simsrd.stop_cleanly()
         finally:
             simsrd.end()
@@ -245,9 +273,34 @@ def test_metrics(api, vdi):
     with connected(vdi) as client:
         client.pread(512, 0)
         lines = api.get("/metrics").text.splitlines()
-    assert 'simsr_rule_hits_total{rule="slow",scenario="live"} 1.0' in lines
+    assert 'simsr_rule_hits_total{action="delay",rule="slow",scenario="live"} 1.0' in lines
     assert any(line.startswith("simsr_sr_used_bytes{") for line in lines)
     assert "simsr_nbd_connections 1.0" in lines
+
+
+class TestClientsInUse:
+    def test_what_they_cannot_be_told_is_refused(self, api, vdi):
+        rule = {"match": {"op": "read", "vdi": vdi["uuid"]}, "action": {"error": "ESTALE"}}
+        assert add(api, "nobody", **rule)["warnings"] == [], "nobody is there who could not be told"
+        api.delete("/v1/faults/nobody")
+        with connected(vdi) as client:
+            answer = api.post("/v1/faults", json={"rule": rule})
+            assert answer.status_code == 400 and "qemu over NBD cannot be told ESTALE" in answer.text and "FUSE carries any" in answer.text
+            assert api.get("/v1/faults").json() == [] and client.pread(512, 0) == bytes(512)
+            text = f'simsr = 1\nname = "x"\n[[rule]]\nmatch = {{ vdi = "{vdi["uuid"]}" }}\naction = {{ error = "ESTALE" }}\n'
+            assert "cannot be told" in api.post("/v1/scenario", json={"text": text}).text
+            assert add(api, match={"client": "fuse"}, action={"error": "ESTALE"})["warnings"] == []
+
+    def test_disks_that_are_not_there(self, api, vdi):
+        assert "no disk is called nosuch now" in add(api, match={"vdi": "nosuch"}, action={"error": "EIO"})["warnings"][0]
+        far = add(api, match={"vdi": vdi["uuid"], "range": "1GiB..2GiB"}, action={"error": "EIO"})
+        assert "behind the end of every disk" in far["warnings"][0]
+        assert start_again(api, '[[rule]]\nmatch = { vdi = "nosuch" }\naction = { error = "EIO" }\n')["warnings"]
+
+
+def start_again(api, text):
+    api.delete("/v1/scenario")
+    return start(api, text)
 
 
 class TestBadInput:

@@ -174,8 +174,12 @@ class TestDamage:
         assert effect("stale = true", "read") == Effect("stale", "rule-1", "data")
 
     def test_kill_daemon(self):
-        found = effect('kill_daemon = "at-step", group = ["disk0", "disk1"]', "revert")
-        assert found.kind == "kill_daemon" and found.value == "at-step"
+        many = engine('[[rule]]\naction = { kill_daemon = "at-step", group = ["disk0", "vm1"] }\n')
+        meant, grouped, other = many.disk("disk0", GIB), many.disk("x", GIB, groups=["vm1"]), many.disk("disk2", GIB)
+        for disk in (meant, grouped):
+            (found,) = ask(disk, "revert").effects
+            assert found.kind == "kill_daemon" and found.value == "at-step"
+        assert not ask(other, "revert").effects, "its group is another one"
 
 
 class TestPaths:
@@ -350,6 +354,11 @@ class TestPowerAndEvents:
         many, a, b, c = self.cut(scope)
         ask(a, "write"), ask(b, "write")
         assert [ask(one).disconnect for one in (a, b, c)] == off
+
+    @pytest.mark.parametrize("match, off", [("", [True, True]), ('vdi = "a"', [True, False])])
+    def test_a_cut_when_a_phase_begins_is_of_the_disks_it_names(self, match, off):
+        many = engine(f'[[phase]]\nfor = "1s"\n[[phase.rule]]\nmatch = {{ {match} }}\naction = {{ power_cut = "none" }}\n')
+        assert [ask(many.disk(name, GIB)).disconnect for name in ("a", "b")] == off
 
     def test_power_back(self):
         many, a, b, c = self.cut("host")

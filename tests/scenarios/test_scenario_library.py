@@ -130,7 +130,7 @@ def test_a_noisy_neighbour():
 
 def test_revert_under_fire():
     many = run("revert-under-fire")
-    one = many.disk("d", GIB)
+    one = many.disk("disk0", GIB)
     assert ask(one, "write").delay_ns and not ask(one, "revert").effects
     assert ask(one, "revert", at=10 * S).effects[0].value == "at-step"
 

@@ -90,6 +90,7 @@ VALUES = [
     ("bad_blocks", HEAD + rule(trigger="bad_blocks = [-1]"), "list of block numbers"),
     ("bad_blocks", HEAD + rule(trigger="bad_blocks = []"), "list of block numbers"),
     ("event", HEAD + rule(action='event = "Two Words"'), "not a name such as"),
+    ("kill_daemon", HEAD + rule(action='kill_daemon = "before-lgo"'), "did you mean 'before-log'?"),
     ("full", HEAD + rule(action='full = "later"'), "not true, now or metadata"),
     ("goto", HEAD + rule(trigger="goto = 3"), "valid string"),
     ("state", HEAD + rule(trigger="state = [3]"), "not a name"),

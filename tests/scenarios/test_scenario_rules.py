@@ -202,7 +202,7 @@ class TestWhoCounts:
         for at in range(12):
             ask(one, at=at * S // 4)
             ask(one, "write", at=at * S // 4)
-        assert many.statistics()["rules"] == [{"rule": "r", "in_force": True, "matched": 12, "hits": 6}]
+        assert many.statistics()["rules"] == [{"rule": "r", "action": "error", "in_force": True, "matched": 12, "hits": 6}]
 
 
 BUSY = (

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from simsr.errors import ScenarioRunning
+from simsr.errors import DaemonStopping, ScenarioRunning
 
 if TYPE_CHECKING:
     from sim_world import World
@@ -59,7 +59,7 @@ async def faults(world: World, rng: random.Random) -> None:
             world.note("scenario ends")
         except ScenarioRunning:
             pass
-        except RuntimeError:  # of a nursery that is closed: the daemon has just come to its end
+        except DaemonStopping:
             if not world.is_down:
                 raise
         await world.if_up()

@@ -160,6 +160,8 @@ class Turns:
 class MemoryRoot:
     """`simsr.daemon.root.Root` without files or sockets: each SR a `MemoryDirectory`."""
 
+    report_file = None
+
     def __init__(self, on_step: Callable[[str], None]) -> None:
         self._on_step = on_step
         self.directories: dict[str, MemoryDirectory] = {}
