@@ -361,6 +361,7 @@ class ScenarioRun:
         with trio.move_on_after(DRAIN_S):
             while any(state in self._under_way and state.parked_by is None for state in earlier):
                 await trio.sleep(_POLL_S)
+            await trio.sleep(_POLL_S if earlier else 0)  # an answer that is due is sent a little after the request has been carried out
         left = sum(state in self._under_way and state.parked_by is None for state in earlier)
         return _in_force(rule.name, decided, left)
 
