@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from simsr.units import format_size
 
-__all__ = ["print_json", "print_table", "print_fields", "say", "complain", "printable", "size_and_bytes", "styled"]
+__all__ = ["print_json", "print_table", "table_width", "print_fields", "say", "complain", "printable", "size_and_bytes", "styled"]
 
 BOLD, RED, DIM = "1", "1;31", "2"
 
@@ -44,8 +44,7 @@ def print_table(headings: Sequence[str], rows: Iterable[Sequence[object]], right
 
     An empty cell is shown as ``-``, so that every line has the same number of words in its fixed columns.
     """
-    cells = [[printable(cell) or "-" for cell in row] for row in rows]
-    widths = [max(map(_width, column)) for column in zip(headings, *cells, strict=True)]
+    cells, widths = _laid_out(headings, rows)
     to_the_right = [heading in right.split() for heading in headings]
     for number, row in enumerate([list(headings), *cells]):
         padded = []
@@ -54,6 +53,16 @@ def print_table(headings: Sequence[str], rows: Iterable[Sequence[object]], right
             padded.append(fill + cell if is_number else cell + fill)
         line = "  ".join(padded).rstrip()
         print(styled(line, BOLD, sys.stdout) if number == 0 else line)
+
+
+def table_width(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> int:
+    """Return how many terminal cells the lines of a table take."""
+    return sum(_laid_out(headings, rows)[1]) + 2 * (len(headings) - 1)
+
+
+def _laid_out(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> tuple[list[list[str]], list[int]]:
+    cells = [[printable(cell) or "-" for cell in row] for row in rows]
+    return cells, [max(map(_width, column)) for column in zip(headings, *cells, strict=True)]
 
 
 def print_fields(fields: Iterable[tuple[str, object]]) -> None:

@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import pytest
 
 from simsr.cli.libvirt import disk_element
+from simsr.cli.tree import draw
 from simsr.errors import SimsrError, VdiInUse
 
 DISK = "d15c0001-7b7e-4a53-9a7b-5d0a6e1f6606"
@@ -417,3 +418,36 @@ def test_output_into_a_closed_pipe_ends_quietly(start_simsr, daemon, sr):
 
 def _client(name: str, writable: bool) -> dict[str, object]:
     return {"client": name, "writable": writable, "kind": "attach"}
+
+
+# --- The tree --------------------------------------------------------------------------------------------------------
+
+
+def drawn_tree(monkeypatch, capsys, columns):
+    """The lines of a tree of three nodes at a terminal that is so wide; None: not at a terminal."""
+    node = {"size_bytes": 2**30, "used_bytes": 65536, "time": "2026-11-21T04:00:00Z", "consistency": None}
+    nodes = [
+        {**node, "id": 1, "parent": None, "kind": "snapshot", "uuid": SNAPSHOT, "name": "before upgrade"},
+        {**node, "id": 2, "parent": 1, "kind": "tip", "consistency": "clean", "uuid": f"{SNAPSHOT[:8]}{DISK[8:]}", "name": "tip@04:00:00"},
+        {**node, "id": 3, "parent": 1, "kind": "head", "time": None, "uuid": DISK, "name": "root"},
+    ]
+    monkeypatch.setattr("sys.stdout.isatty", lambda: columns is not None, raising=False)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("NO_COLOR", "1")
+    draw({"nodes": nodes, "dirty": False}, boxes=False)
+    same = capsys.readouterr().out.splitlines()
+    nodes[1]["uuid"] = "77777777" + DISK[8:]
+    draw({"nodes": nodes, "dirty": False}, boxes=False)
+    assert same and (columns is None or columns > 110 or same[1].endswith(SNAPSHOT)), "beginnings that are equal name nobody"
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("columns", [None, 200, 100, 80, 60, 40])
+def test_a_tree_fits_the_terminal_if_it_can(monkeypatch, capsys, columns):
+    lines = drawn_tree(monkeypatch, capsys, columns)
+    assert len(lines) == 4 and lines[3].startswith("`- * root")
+    widest, whole = max(map(len, lines)), columns is None or columns == 200
+    assert widest <= (columns or 200) or columns == 40, "narrower than that it cannot be"
+    assert (SNAPSHOT in lines[1]) == whole and SNAPSHOT[:8] in lines[1]
+    assert ("2026-11-21T04:00:00Z" in lines[1]) == (whole or columns >= 80) and "04:00:00" in lines[1]
+    assert ("1 GiB" in lines[1]) == (columns not in (60, 40))
