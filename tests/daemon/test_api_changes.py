@@ -129,7 +129,7 @@ def test_single_keys_of_sm_config(api):
     assert api.ok("PATCH", path, {"sm_config": {"x": "y"}, "sm_config_merge": {"z": "0"}})["sm_config"] == {"x": "y", "z": "0"}
     assert api.ok("PATCH", path, {"sm_config_merge": {}})["sm_config"] == {"x": "y", "z": "0"}
     with Unchanged(api):
-        api.error("BadRequest", "PATCH", path, {"sm_config_merge": {"large": "x" * 40000}})
+        api.error("BadRequest", "PATCH", path, {"sm_config_merge": {"large": "x" * 50_000}})
         api.error("BadRequest", "PATCH", path, {"sm_config_merge": {"k": 5}})
 
 
