@@ -96,6 +96,7 @@ class Installation:
             self._v3_types = sorted(queue.rpartition(".")[2] for queue in queues)
             wanted += scripts
         self.types = [name.removesuffix("SR").lower() for name in drivers]
+        self._refuse_namesakes(conf.sm_directory, drivers)
         if not all(conf.accepts(name) for name in self.types):
             wanted.append(self._fragment(conf))
         self._conf = conf
@@ -129,13 +130,25 @@ class Installation:
             self._refuse_real_sm()
         return {PLUGIN: "sim"} | known | wanted
 
+    def _driver_names(self, sm_directory: str) -> list[str]:
+        """The drivers that xapi finds there."""
+        directory = os.path.join(self.root, sm_directory.lstrip("/"))
+        return sorted(name for name in os.listdir(directory) if name.endswith("SR")) if os.path.isdir(directory) else []
+
+    def _refuse_namesakes(self, sm_directory: str, drivers: dict[str, str]) -> None:
+        """xapi calls a driver by its name in lower case: of two that differ in case only it would run one or the other."""
+        types = {name.lower(): name for name in drivers}
+        for name in self._driver_names(sm_directory):
+            if name not in drivers and name.lower() in types:
+                reason = f"xapi could not tell it from {types[name.lower()]}"
+                raise InstallRefused(action="install beside", path=f"{self.root.rstrip('/')}{sm_directory}/{name}", reason=reason, hint="Move it away.")
+
     def _refuse_real_sm(self) -> None:
         """The real names are for tests only: nothing may be there that a real SR could be using."""
         found = [path for path in _REAL_SM if self._exists(path)]
         sm_directory = read_xapi_conf(self.root, FRAGMENT).sm_directory
-        directory = os.path.join(self.root, sm_directory.lstrip("/"))
-        for name in sorted(os.listdir(directory)) if os.path.isdir(directory) else ():
-            if name.endswith("SR") and name != PLUGIN and not self._placement.is_ours(f"{sm_directory}/{name}"):
+        for name in self._driver_names(sm_directory):
+            if name != PLUGIN and not self._placement.is_ours(f"{sm_directory}/{name}"):
                 found.append(f"{sm_directory}/{name}")
         if self.is_host or found:
             reason = f"it has real drivers ({found[0]})" if found else "it is this host"
@@ -177,7 +190,9 @@ class Installation:
 
 
 def _v3_files(scripts_root: str) -> list[Wanted]:
-    """The SMAPIv3 plug-in, file by file; Plugin.Query last, because a directory that answers it is in use."""
+    """The SMAPIv3 plug-in, file by file. Plugin.Query comes last, because a directory that answers it is in use; that of the
+    datapath is asked as soon as it is there, and needs the modules beside the volume scripts.
+    """
     tree = os.path.join(_HERE, "v3")
     found = []
     for part in ("datapath", "volume"):
@@ -193,4 +208,9 @@ def _v3_files(scripts_root: str) -> list[Wanted]:
                         found.append(Wanted(target, file.read(), executable=os.access(path, os.X_OK)))
     if not found:
         raise InstallRefused(action="install", path=tree, reason="this simsr comes without the SMAPIv3 plug-in", hint="Leave --v3 out.")
-    return sorted(found, key=lambda one: ("/volume/" in one.path, one.path.endswith("/Plugin.Query"), one.path))
+
+    def turn(one: Wanted) -> tuple[bool, bool, str]:
+        is_query = one.path.endswith("/Plugin.Query")
+        return is_query, ("/volume/" in one.path) == is_query, one.path
+
+    return sorted(found, key=turn)

@@ -58,7 +58,8 @@ async def _check(
 async def _judge(point: Point, trial: Trial, subjects: Subjects) -> Finding:
     missing = [name for name in point.needs if not trial.can(name)]
     if missing:
-        return Finding(point.number, point.text, None, f"it does not advertise {', '.join(missing)}")
+        reason = "its capabilities are not known, see above" if trial.capabilities is None else f"it does not advertise {', '.join(missing)}"
+        return Finding(point.number, point.text, None, reason)
     try:
         reason = await point.check(subjects)
         return Finding(point.number, point.text, None if reason else True, reason or "")

@@ -112,7 +112,7 @@ class Trial:
         self.device_config = device_config
         self.session = model.sessions.login("root", "", "check", is_local=True)
         self.call = model.internal_call()
-        self.capabilities: dict[str, int] = {}
+        self.capabilities: dict[str, int] | None = None  # until sr_get_driver_info has told them
         self.sr = NULL
 
     @property
@@ -121,7 +121,7 @@ class Trial:
         return self.model.calls
 
     def can(self, *capabilities: str) -> bool:
-        return all(name in self.capabilities for name in capabilities)
+        return all(name in (self.capabilities or ()) for name in capabilities)
 
     # Commands.
 

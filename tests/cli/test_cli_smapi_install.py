@@ -228,6 +228,17 @@ def test_roots_that_cannot_be(simsr, tmp_path, monkeypatch):
     assert simsr("smapi", "install", "--root", str(tmp_path / "r")).status == 0
 
 
+@pytest.mark.parametrize("name", ["simSR", "SIMSR", "simEXTSR"])
+def test_driver_that_xapi_could_not_tell_from_ours(simsr, tmp_path, name):
+    place = tmp_path / "opt/xensource/sm"
+    place.mkdir(parents=True)
+    (place / name).touch()
+    before = photo(tmp_path)
+    done = simsr("smapi", "install", "--root", str(tmp_path), "--personality", "ext")
+    assert done.status == 46 and str(place / name) in done.err and "could not tell it from Sim" in done.err
+    assert photo(tmp_path) == before
+
+
 # Interruptions.
 
 
@@ -362,7 +373,8 @@ def test_v3(simsr, dom0, tree, place):
     done = simsr("smapi", "install", "--v3", "--root", str(dom0))
     scripts = [line for line in done.lines if "storage-script" in line and not line.startswith("make")]
     assert done.status == 0 and len(scripts) == 5 and scripts[-1].endswith("volume/org.xen.xapi.storage.simsr/Plugin.Query")
-    assert "datapath" in scripts[0]
+    parts = [(line.split("/")[-3], line.split("/")[-1]) for line in scripts]
+    assert parts.index(("volume", "module.py")) < parts.index(("datapath", "Plugin.Query")), "which runs as soon as it is there, and imports it"
     assert subprocess.run(["diff", "-r", "-x", "__pycache__", tree / "v3", dom0 / place], check=False).returncode == 0
     assert os.access(dom0 / place / "datapath/nbd+sim/Plugin.Query", os.X_OK)
     assert simsr("smapi", "install", "--root", str(dom0)).out == NOTHING_CHANGED

@@ -151,6 +151,8 @@ def test_one_defect_each(daemon, tmp_path, text, expected):
         assert reason in found[name].reason
     if "create" in expected or "found" in expected:
         assert found["attach"].ok is None and "there is no" in found["attach"].reason, "what it needs is missing"
+    if "found" in expected:
+        assert found["create"].ok is None and "not known" in found["create"].reason, "nobody can say that it does not advertise it"
 
 
 def test_fault_38_after_a_change(daemon, tmp_path):

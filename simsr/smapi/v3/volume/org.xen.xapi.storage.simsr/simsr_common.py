@@ -155,7 +155,7 @@ class Daemon:
             number = missing
         elif type(number) is not int or number <= 0:
             number = 202
-        raise Failure(number, " ".join(str(part) for part in (error.get("message"), error.get("hint")) if part))
+        raise Failure(number, ". ".join(str(part) for part in (error.get("message"), error.get("hint")) if part))
 
     def _exchange(self, verb, target, data):
         """(status, body) of one request. HTTP/1.0 by hand, which is a few lines when the other end closes the connection:
