@@ -104,16 +104,23 @@ async def borrowed(call: Call, vdi: str, *, writable: bool) -> AsyncIterator[str
 
 
 async def settle(call: Call) -> None:
-    """Undo the attachments that a killed server left half made: begun, of VMs that do not run, or borrowed."""
+    """Set right what a killed server left half attached.
+
+    What was begun, is borrowed, or is of a VM that does not run is detached. A VM that runs gets back what a suspend let go of.
+    """
     db = call.db
     for vbd, row in db.all("VBD").items():
         vm = db.get("VM", row["VM"]) if db.has("VM", row["VM"]) else None
         state = vm["power_state"] if vm else "Halted"
         is_borrowed = row["other_config"] == _BORROWED
-        if not row["storage_lock"] or row["currently_attached"] and state in ("Running", "Paused") and not is_borrowed:
+        is_wanted = row["currently_attached"] and state in ("Running", "Paused") and row["VDI"] != NULL and not is_borrowed
+        if row["storage_lock"] == is_wanted:
             continue
         try:
-            await detach(call, vbd, keep_flag=state == "Suspended")
+            if is_wanted:
+                await attach(call, vbd)
+            else:
+                await detach(call, vbd, keep_flag=state == "Suspended")
         except (XenError, Unimplemented) as error:
             log.error("VBD %s was left half attached and stays so: %s", row["uuid"], error)
         else:

@@ -259,3 +259,26 @@ def test_killed_while_a_vm_starts(world, plan, command, number, moment):
     x.VM.hard_shutdown(vm)
     for snapshot in snapshots:
         x.VDI.revert(snapshot)
+
+
+def test_killed_while_a_vm_is_suspended(world, plan):
+    """A VM that still runs has all its disks attached after the next start, also those that the suspend had let go of."""
+    sr = world.shared_sr("odd")
+    x, disks = world.x, (world.vdi(sr), world.vdi(sr))
+    vm = world.vm("half suspended", disks)
+    x.VM.set_suspend_SR(vm, sr)
+    x.VM.start(vm, False, False)
+    plan.set(vdi_detach=[None, {"kill": "xapi"}])
+    x.Async.VM.suspend(vm)
+    wait_until_killed(world)
+    x = world.x
+    assert x.VM.get_power_state(vm) == "Running"
+    give_up = time.monotonic() + 120
+    while not all(vbd["storage_lock"] and vbd["runtime_properties"] for vbd in world.vbds(vm).values()):
+        assert time.monotonic() < give_up
+        time.sleep(0.05)
+    for disk in disks:
+        assert x.VDI.get_nbd_info(disk)
+    x.VM.suspend(vm)
+    x.VM.resume(vm, False, False)
+    x.VM.hard_shutdown(vm)
