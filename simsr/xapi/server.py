@@ -27,6 +27,8 @@ log = logging.getLogger("simsr.xapi")
 BODY_MAX_BYTES = 16 * 2**20
 KEEP_ALIVE_S = 3600.0
 """Stock clients keep one connection and are surprised when it is gone."""
+BACKLOG = 1024
+"""On a unix socket a full one refuses clients at once."""
 
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -150,4 +152,5 @@ async def serve_http(
     config.loglevel = "WARNING"
     config.graceful_timeout = 1.0
     config.keep_alive_timeout = KEEP_ALIVE_S
+    config.backlog = BACKLOG
     await serve(make_app(model), config, shutdown_trigger=stop.wait, task_status=task_status)

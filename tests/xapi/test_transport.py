@@ -12,7 +12,7 @@ import xmlrpc.client
 import httpx
 import pytest
 import XenAPI
-from xapi_kit import ROOT, World, failure
+from xapi_kit import NULL, ROOT, World, failure
 
 from simsr.xapi.server import BODY_MAX_BYTES
 
@@ -186,7 +186,8 @@ def test_a_session_can_ask_about_itself_only(world):
     x = world.x
     assert failure(x.session.get_record, other._session) == ["HANDLE_INVALID", "session", other._session]
     assert failure(x.session.get_all)[0] == "MESSAGE_METHOD_UNKNOWN"
-    assert failure(x.session.add_to_other_config, world.session._session, "_sm_session", "x")[0] == "MESSAGE_METHOD_UNKNOWN"
+    x.session.add_to_other_config(world.session._session, "_sm_session", NULL)
+    assert failure(x.VDI.db_forget, NULL) == ["PERMISSION_DENIED", ""], "no client makes itself a plug-in by a mark"
     assert not [event for event in x.event_from(["*", "session"], "", 0.0)["events"] if event["class"] == "session"]
     other.logout()
     other("close")()
@@ -375,3 +376,17 @@ def test_garbage_on_the_socket(world):
         sock.sendall(b"\x00" * 1000 + b"\r\n\r\n")
         sock.recv(1000)
     assert world.x.VM.get_all()
+
+
+def test_many_clients_may_knock_at_once(world):
+    """A unix socket refuses those that find its queue full, instead of letting them wait."""
+    with open("/proc/sys/net/core/somaxconn") as file:
+        number = min(400, int(file.read()))
+    clients = [socket.socket(socket.AF_UNIX) for _ in range(number)]
+    try:
+        for client in clients:
+            client.setblocking(False)
+            client.connect(world.xapi.socket)
+    finally:
+        for client in clients:
+            client.close()
