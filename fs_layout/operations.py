@@ -281,6 +281,11 @@ class Operations(pyfuse3.Operations):
             raise pyfuse3.FUSEError(errno.EINVAL)  # the kernel would take the size to be 0 from then on
         opened = self._attach(number, file, f"FUSE, pid {ctx.pid}", writable, bool(flags & (os.O_SYNC | os.O_DSYNC)))
         self._open[handle] = opened
+        try:
+            await self._meet(opened, "open")
+        except BaseException:
+            self._let_go(handle)
+            raise
         return pyfuse3.FileInfo(fh=handle, direct_io=not opened.cached, keep_cache=file.is_a_snapshot)
 
     def _attach(self, number: int, file: File, client: str, writable: bool, synchronous: bool) -> _Open:
@@ -364,6 +369,18 @@ class Operations(pyfuse3.Operations):
     @_answered
     async def release(self, handle: int) -> None:
         self._texts.pop(handle, None)
+        if opened := self._open.get(handle):
+            try:
+                await self._meet(opened, "close")
+            finally:
+                self._let_go(handle)
+
+    async def _meet(self, opened: _Open, op: str) -> None:
+        """Let opening or closing take as long as the scenario says, if there is one, or fail."""
+        if (scripted := opened.disk.scripted) is not None:
+            await self._wait(0, scripted.meet, op)
+
+    def _let_go(self, handle: int) -> None:
         if opened := self._open.pop(handle, None):
             opened.disk.in_order = not opened.unflushed
             opened.disk.detach()

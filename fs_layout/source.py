@@ -56,6 +56,9 @@ class Scripted(Protocol):
     async def flush(self) -> None:
         """Make every write answered so far durable."""
 
+    async def meet(self, op: str) -> None:
+        """Let opening and closing take their time, or fail."""
+
 
 class Disk(Protocol):
     """One attached disk. Methods that are not async never wait; ranges are inside the disk. Errors as in `Source`.

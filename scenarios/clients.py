@@ -36,7 +36,7 @@ CLIENTS = {
     "tapdisk": Client("each-write", NBD_ERRORS, frozenset({"read", "write", "open", "close"}), True, 120 * NS),
     "qemu": Client("flush", NBD_ERRORS, _BLOCK),
     "kernel": Client("flush", NBD_ERRORS, _BLOCK - {"extents"}, False, 30 * NS),
-    "fuse": Client("flush", None, _BLOCK - {"extents"}),
+    "fuse": Client("flush", None, frozenset({"read", "write", "flush", "open", "close"})),
 }
 
 

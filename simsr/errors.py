@@ -483,6 +483,10 @@ class BadTrace(BadRequest):
     exit_code = 41
     hint = "Name the right format, or repair or cut the trace there."
 
+    def __init__(self, hint: str = "", **details: object) -> None:
+        super().__init__(**details)
+        self.hint = hint or self.hint
+
 
 class CannotExplore(SimsrError):
     """cannot explore crash states of {what}: {reason}"""

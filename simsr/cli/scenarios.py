@@ -80,7 +80,8 @@ def plan(context: typer.Context, file: File, as_json: Json = False) -> None:
     rows = [("", "always", "", rule["name"], _words(rule)) for rule in found["rules"]]
     for phase in found["phases"]:
         length = " ".join(filter(None, (phase["for"], f"until {phase['until']}" if phase["until"] else "")))
-        length += f" x{phase['repeat']}" if phase["repeat"] != 1 else ""
+        length += f" x{phase['repeat']}" if isinstance(phase["repeat"], int) and phase["repeat"] != 1 else ""
+        length += f", each step of {phase['repeat']}" if isinstance(phase["repeat"], str) else ""
         head = (_at(phase["begins_s"]), phase["name"], length or "to the end")
         rules = phase["rules"] or [None]
         for number, rule in enumerate(rules):

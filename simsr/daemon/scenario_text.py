@@ -6,7 +6,7 @@ import tomllib
 from collections.abc import Sequence
 from typing import Any
 
-from scenarios.checks import client_problems
+from scenarios.checks import client_problems, moment_of
 from scenarios.clients import CLIENTS
 from scenarios.loader import library, library_text, load, without_ends
 from scenarios.schema import Phase, Rule, Scenario, json_schema
@@ -70,7 +70,7 @@ def _plan(scenario: Scenario, text: str) -> dict[str, Any]:
 
 
 def _phase(phase: Phase, words: dict[str, Any]) -> dict[str, Any]:
-    until = phase.until
+    until = phase.until or moment_of(phase)
     return {
         "name": phase.name,
         "for": words.get("for"),

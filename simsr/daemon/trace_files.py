@@ -37,7 +37,7 @@ class TraceFiles:
             raise BadTrace(source=name, where="its name", reason="it is relative, and there is no scenario file to be relative to")
         path = os.path.join(self._directory or "/", name)
         if not os.path.isfile(path) and not glob.glob(glob.escape(path) + ".blktrace.*"):
-            raise BadTrace(source=name, where="its name", reason=f"there is no file {path}")
+            raise BadTrace(source=name, where="its name", reason=f"there is no file {path}", hint="Look for a typing error, or bring the trace there.")
         return path
 
     def format_of(self, name: str, format: str | None) -> str:

@@ -40,6 +40,21 @@ def test_errors_that_nbd_cannot_carry_reach_the_reader(direct, faults):
         os.close(fd)
 
 
+def test_opening_fails_and_closing_takes_its_time(direct, faults):
+    vdi, path = direct.disk("door")
+    faults("shut", match={"vdi": vdi["uuid"], "op": "open"}, action={"error": "ETIMEDOUT"})
+    with pytest.raises(OSError) as caught:
+        os.open(path, os.O_RDWR)
+    assert caught.value.errno == errno.ETIMEDOUT and not direct.get(f"/v1/vdis/{vdi['uuid']}")["attached"]
+    direct.delete("/v1/faults/shut")
+    faults("stuck", match={"vdi": vdi["uuid"], "op": "close"}, action={"hang": True})
+    os.close(os.open(path, os.O_RDWR))
+    eventually(lambda: direct.get("/v1/scenario")["hung"] == 1)
+    assert direct.get(f"/v1/vdis/{vdi['uuid']}")["attached"], "it is still being closed"
+    direct.delete("/v1/faults/stuck")
+    eventually(lambda: not direct.get(f"/v1/vdis/{vdi['uuid']}")["attached"])
+
+
 def test_a_disk_that_hangs_holds_up_no_other_and_no_listing(direct, faults):
     stuck, stuck_path = direct.disk("stuck")
     _, free_path = direct.disk("free")
