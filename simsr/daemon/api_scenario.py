@@ -255,8 +255,9 @@ def scenario_router(host: Host) -> APIRouter:
     @router.post("/v1/faults-heal", response_model=HealedOut)
     async def heal(body: Heal | None = None) -> dict:
         """Take the damage away, or make it permanent."""
-        chosen = None if body is None or body.vdis is None else {host.find_vdi(name)[1].uuid for name in body.vdis}
-        return await theatre.playing.heal(chosen, body is not None and body.permanent)
+        named = None if body is None or body.vdis is None else [host.find_vdi(name)[1] for name in body.vdis]
+        there = [vdi for vdi in host.all_vdis() if not vdi.is_a_snapshot] if named is None else named
+        return await theatre.playing.heal(there, body is not None and body.permanent)
 
     return router
 

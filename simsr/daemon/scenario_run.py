@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
@@ -388,12 +388,13 @@ class ScenarioRun:
         self._measures = False
         self._script_all()
 
-    async def heal(self, vdis: set[str] | None, permanent: bool) -> dict[str, Any]:
-        """Take damage away from these VDIs (None: all), or write it into their stores first."""
+    async def heal(self, vdis: Iterable[Vdi], permanent: bool) -> dict[str, Any]:
+        """Take damage away from these VDIs, or write it into their stores first; also from clones that nobody has attached yet."""
         healed = []
-        for name, attached in self._vdis.items():
-            if vdis is not None and name not in vdis:
+        for vdi in vdis:
+            if vdi.uuid not in self._vdis and (vdi.sr, vdi.volume.ident) not in self._layers:
                 continue
+            name, attached = vdi.uuid, self._of(vdi)
             async with attached.lock:
                 overlay, now = attached.rules.overlay, current_ns()
                 if permanent:

@@ -175,7 +175,7 @@ class TestDamage:
             kept = seen.count(b"b")
             assert kept % 512 == 0 and kept < 8 * KIB and seen == b"b" * kept + b"a" * (8 * KIB - kept)
             assert here.disks["one"].content[: 8 * KIB] == b"b" * 8 * KIB, "the store is never damaged"
-            await here.play.heal(None, permanent=False)
+            await here.play.heal(here.vdis.values(), permanent=False)
             assert bytes(await disk.read(0, 8 * KIB)) == b"b" * 8 * KIB
 
     async def test_permanent(self, autojump_clock):
@@ -184,7 +184,7 @@ class TestDamage:
             await disk.write("write", 0, 512, b"a" * 512, False)
             await disk.write("write", 0, 512, b"b" * 512, False)
             assert bytes(await disk.read(0, 512)) == b"a" * 512
-            await here.play.heal({"uuid-one"}, permanent=True)
+            await here.play.heal([here.vdis["one"]], permanent=True)
             assert here.disks["one"].content[:512] == b"a" * 512
 
     async def test_rotten_bits_made_permanent_stay(self, autojump_clock):
@@ -192,7 +192,7 @@ class TestDamage:
             disk = here["one"]
             rotten = bytes(await disk.read(0, SIZE))
             assert any(rotten)
-            await here.play.heal(None, permanent=True)
+            await here.play.heal(here.vdis.values(), permanent=True)
             assert bytes(here.disks["one"].content) == rotten
 
 
@@ -203,6 +203,20 @@ class TestDamageAndHistory:
         for letter in letters:
             await here["one"].write("write", 0, 512, bytes([letter]) * 512, False)
         return bytes(await here["one"].read(0, 1))
+
+    async def test_a_clone_that_nobody_has_attached_is_healed(self, autojump_clock):
+        async with stage(self.TORN) as here:
+            await self.damaged(here)
+            here.play.committed("sr", [Create(7, SIZE, {}, 1), Create(8, SIZE, {}, 1)])
+            one = here.vdis["one"]
+            clones = [SimpleNamespace(**{**vars(one), "uuid": f"uuid-{n}", "volume": SimpleNamespace(ident=n, meta={})}) for n in (7, 8)]
+            assert await here.play.heal(clones[:1], permanent=False) == {"healed": ["uuid-7"], "permanent": False}
+            disks = [RamDisk(bytearray(b"b" * SIZE)) for _ in clones]
+            for clone, disk in zip(clones, disks):
+                here.play.attach(clone, disk)
+            assert [bytes(await disk.scripted.read(0, 1)) for disk in disks] == [b"b", b"a"]
+            for clone, disk in zip(clones, disks):
+                here.play.detach(clone, disk)
 
     async def test_it_goes_into_a_snapshot_and_comes_back_with_a_revert(self, autojump_clock):
         async with stage(self.TORN) as here:
