@@ -32,6 +32,7 @@ __all__ = [
     "TipExpired",
     "NothingToUndo",
     "GroupChanged",
+    "AmbiguousGroup",
     "NoTip",
     "NoVmSnapshots",
     "WouldLose",
@@ -229,6 +230,13 @@ class AmbiguousTip(Ambiguous):
 
     exit_code = 60
     hint = "Name the tip to follow; 'simsr tree' shows what each hangs from."
+
+
+class AmbiguousGroup(Ambiguous):
+    """VM {name} has more than one group of snapshots: {candidates}"""
+
+    exit_code = 39
+    hint = "Name one snapshot of the group that is meant, with --group."
 
 
 class NoTip(NotFound):

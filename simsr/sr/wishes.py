@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from simsr.errors import Ambiguous, AmbiguousTip, BadRequest, GroupChanged, NotASnapshot, NotFound, NoTip, NoVmSnapshots, SnapshotOfOther
+from simsr.errors import AmbiguousGroup, AmbiguousTip, BadRequest, GroupChanged, NotASnapshot, NotFound, NoTip, NoVmSnapshots, SnapshotOfOther
 from simsr.sr import cbt
 from simsr.sr.catalogue import Catalogue
 from simsr.sr.history import COMMIT, FOLLOW, MODES, RESET, Wish
@@ -106,13 +106,13 @@ class Wishes:
         return sorted(found, key=lambda members: (members[0].meta["snapshot_time"], members[0].volume.ident))
 
     def only_group_of_vm(self, vm: str) -> Vdi:
-        """One of the only group of snapshots of a VM, for `group`. Raises `NoVmSnapshots`; `Ambiguous` if there are several."""
+        """One of the only group of snapshots of a VM, for `group`. Raises `NoVmSnapshots`, `AmbiguousGroup`."""
         found = self.of_vm(vm)
         if not found:
             raise NoVmSnapshots(name=vm)
         if len(found) > 1:
             each = ", ".join(f"that of {members[0].uuid} ({members[0].meta['snapshot_time']})" for members in found)
-            raise Ambiguous(name=f"vm:{vm}", kind="group of snapshots", candidates=each)
+            raise AmbiguousGroup(name=vm, candidates=each)
         return found[0][0]
 
     def disks_of_vm(self, vm: str) -> list[Vdi]:

@@ -6,7 +6,7 @@ import pytest
 from history_kit import go, go_together
 from sr_kit import BLOCK, WIDE, World, content, fill, unchanged
 
-from simsr.errors import Ambiguous, BadRequest, NothingToUndo, NoVmSnapshots
+from simsr.errors import AmbiguousGroup, BadRequest, NothingToUndo, NoVmSnapshots
 from simsr.sr.history import REDO, UNDO
 
 VM, OTHER = "0f8f7a50-3f25-4c26-9d3d-6d3e0a2b8e01", "0f8f7a50-3f25-4c26-9d3d-6d3e0a2b8e02"
@@ -54,7 +54,7 @@ def test_the_snapshots_of_a_vm_are_found_and_reverted_in_one_record(sr):
 def test_of_several_groups_none_is_chosen(sr):
     disks, taken = vm_of(sr, 2)
     again = snapshot_vm(sr, disks, "hint 2")
-    with pytest.raises(Ambiguous) as caught:
+    with pytest.raises(AmbiguousGroup) as caught:
         sr.wishes.only_group_of_vm(VM)
     assert taken[0].uuid in str(caught.value) and again[0].uuid in str(caught.value)
 
