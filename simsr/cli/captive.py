@@ -27,6 +27,7 @@ from simsr.errors import SimsrError
 __all__ = ["run_captive"]
 
 SR_NAME = "run"
+DISK_NAME = "run"  # the same each time: faults are drawn from the name of the disk
 
 _SI_KERNEL = 0x80  # si_code of a signal that the terminal sent
 _FORWARDED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
@@ -111,7 +112,7 @@ def _disk(socket: str, size_bytes: int, lasting: bool) -> Iterator[dict[str, Any
     """Create the disk, give it, delete it in the end if the store outlasts it."""
     client, chosen = Client(socket), str(uuid.uuid4())
     try:
-        body = {"uuid": chosen, "size_bytes": size_bytes, "name": f"run-{os.getpid()}", "sr": _home_sr(client)}
+        body = {"uuid": chosen, "size_bytes": size_bytes, "name": DISK_NAME, "sr": _home_sr(client)}
         yield client.post("/v1/vdis", body)
     except BaseException:
         if lasting:

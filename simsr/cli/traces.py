@@ -27,6 +27,9 @@ from simsr.units import format_size, parse_size
 
 __all__ = ["record", "replay", "trace_commands"]
 
+SCRATCH = "scratch"
+"""What scratch disks are called: always the same, for faults are drawn from the name of the disk."""
+
 trace_commands = typer.Typer(help="Look into recorded traces, and convert them.")
 
 Force = Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")]
@@ -245,7 +248,7 @@ def _disk(client: Client, vdi: str | None, scratch: str | None, sr: str | None) 
     chosen = str(uuid.uuid4())
     size_bytes, where = parse_size(scratch), None if sr is None else checked_text("SR", sr)
     try:
-        client.post("/v1/vdis", {"uuid": chosen, "size_bytes": size_bytes, "name": f"scratch-{os.getpid()}", "sr": where})
+        client.post("/v1/vdis", {"uuid": chosen, "size_bytes": size_bytes, "name": SCRATCH, "sr": where})
         yield chosen
     finally:
         with undisturbed():

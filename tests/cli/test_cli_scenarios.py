@@ -145,6 +145,15 @@ def test_run_with_a_scenario(simsr, scenario, tmp_path):
     assert simsr("run", "--size", "16MiB", "--report", str(page), "--", "true").status == 2
 
 
+def test_a_run_is_repeated_by_its_seed(simsr, scenario):
+    """In another daemon, on another disk."""
+    reads = " ".join(f'-c "read {number * 4}k 4k"' for number in range(40))
+    script = f'qemu-io -f raw {reads} "$uri" 2>&1 | cut -d" " -f1-2 | grep ^read'
+    words = ["run", "--size", "16MiB", "--scenario", scenario('[[rule]]\nmatch = { op = "read" }\ntrigger = { p = 0.4 }\naction = { error = "EIO" }\n')]
+    first, second = (simsr(*words, "--", "sh", "-c", script).out for _ in range(2))
+    assert first == second and 5 < first.count("read failed") < 35
+
+
 def test_a_report_of_a_run_with_a_broken_expectation(simsr, disk, scenario, tmp_path):
     page = tmp_path / "out.html"
     path = scenario(
