@@ -16,10 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import QueryParams
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from simsr.daemon import threads
 from simsr.daemon.answers import error_answer
 from simsr.daemon.host import Host
 from simsr.daemon.scenario_text import check_text, library_plans, library_text
-from simsr.errors import SimsrError
+from simsr.errors import Ambiguous, NotFound, SimsrError
 from simsr.sr.vdi import Vdi
 
 __all__ = ["scenario_router", "ControlGate"]
@@ -175,7 +176,7 @@ def scenario_router(host: Host) -> APIRouter:
     @router.get("/v1/scenarios", response_model=list[PlanOut])
     async def list_library() -> list[dict]:
         """The scenarios and profiles that come with simsr."""
-        return await trio.to_thread.run_sync(library_plans)
+        return await threads.run_sync(library_plans)
 
     @router.get("/v1/scenarios/{name}", response_model=TextOut)
     async def show_of_library(name: str) -> dict:
@@ -185,7 +186,7 @@ def scenario_router(host: Host) -> APIRouter:
     @router.post("/v1/scenario/check", response_model=CheckOut)
     async def check_scenario(body: ScenarioText) -> dict:
         """Read a scenario without putting it in force: what is wrong with it, and what each kind of client would make of it."""
-        return await trio.to_thread.run_sync(check_text, body.text, body.source, body.directory)
+        return await threads.run_sync(check_text, body.text, body.source, body.directory)
 
     @router.post("/v1/scenario", status_code=201, response_model=ScenarioOut)
     async def start_scenario(body: ScenarioStart) -> dict:
@@ -301,29 +302,36 @@ class ControlGate:
         return sum(1 for vdi in self._host.all_vdis() if vdi.sr == sr)
 
     async def _operation(self, scope: Scope, receive: Receive) -> tuple[tuple[str, list[Vdi]] | None, Receive]:
-        """(operation, the disks it is for) of a request, or None, and what gives its body to whoever comes next. Raises `NotFound`."""
+        """(operation, the disks it is for) of a request, or None, and what gives its body to whoever comes next."""
         method, path = scope["method"], scope["raw_path"].decode("ascii", "replace").partition("?")[0]
         if method == "GET" and path == "/v1/vdis" and (sr := QueryParams(scope["query_string"]).get("sr")):
             return next((("scan", [vdi]) for vdi in self._host.all_vdis() if vdi.sr == sr), None), receive
         if method == "DELETE" and (match := re.fullmatch(r"/v1/vdis/([^/]+)", path)):
-            return ("delete", [self._find(match[1])]), receive
+            return _for_all("delete", [self._find(unquote(match[1]))]), receive
         if method != "POST":
             return None, receive
         if path == "/v1/snapshots":
             body, receive = await _body(receive)
             names = (body or {}).get("vdis")
             known = isinstance(names, list) and all(isinstance(name, str) for name in names)
-            return (("snapshot", [self._host.find_vdi(name)[1] for name in names]) if known else None), receive
+            return (_for_all("snapshot", [self._find(name) for name in names]) if known else None), receive
         if (match := _ON_VDI.fullmatch(path)) is None:
             return None, receive
-        vdi = self._find(match[1])
+        vdi = self._find(unquote(match[1]))
+        if vdi is None:
+            return None, receive
         if match[2] not in ("revert", "undo", "redo"):
             return (match[2], [vdi]), receive
         body, receive = await _body(receive)
         return (None if body is None or body.get("dry_run") is True else ("revert", self._reverted(vdi, match[2], body))), receive
 
-    def _find(self, quoted: str) -> Vdi:
-        return self._host.find_vdi(unquote(quoted))[1]
+    def _find(self, name: str) -> Vdi | None:
+        """None if there is none, or not only one. What to answer then is for the operation to say: a request that is repeated may name what went
+        with the first one."""
+        try:
+            return self._host.find_vdi(name)[1]
+        except (NotFound, Ambiguous):
+            return None
 
     def _reverted(self, vdi: Vdi, mode: str, body: dict[str, Any]) -> list[Vdi]:
         """The disks that a revert, undo or redo is for: not the snapshot that it names."""
@@ -335,6 +343,10 @@ class ControlGate:
             return [self._host.find_vdi(str(body.get("target") or vdi.snapshot_of or vdi.uuid))[1] if mode == "revert" else vdi]
         except SimsrError:  # what is wrong with it is said by whoever carries it out
             return [vdi]
+
+
+def _for_all(op: str, vdis: list[Vdi | None]) -> tuple[str, list[Vdi]] | None:
+    return None if None in vdis else (op, vdis)
 
 
 async def _body(receive: Receive) -> tuple[dict[str, Any] | None, Receive]:

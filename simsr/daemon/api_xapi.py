@@ -12,6 +12,7 @@ import trio
 from fastapi import APIRouter, Response
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from simsr.daemon import threads
 from simsr.daemon.drafting import compose, destroy_data
 from simsr.daemon.host import Host
 from simsr.daemon.walks import Walks
@@ -109,6 +110,6 @@ def xapi_router(host: Host, walks: Walks, vdi_out: type[BaseModel], describe: Ca
         def encode() -> bytes:
             return b"".join((head, b', "bitmap": "', b64encode(walk.bitmap), b'"}'))
 
-        return _timed(Response(await trio.to_thread.run_sync(encode), media_type="application/json"), began)
+        return _timed(Response(await threads.run_sync(encode), media_type="application/json"), began)
 
     return router

@@ -52,6 +52,9 @@ DRAIN_S, _POLL_S = 5.0, 0.002
 LIVE = "live"
 """The name of the empty scenario that is made for live rules."""
 
+_LATE_NS = 1_000
+"""Seconds in a float are less exact than nanoseconds: who woke up at the very end of a phase might find that it has not come yet, for ever."""
+
 GROUP_KEY = "simsr-group"
 """In sm_config: the groups that a VDI is in, for ``scope = "group:NAME"``."""
 
@@ -220,7 +223,7 @@ class ScenarioRun:
             if self._cuts:
                 await self._cut(self._cuts.pop(0))
                 continue
-            with trio.move_on_at(min(ends_ns / 1e9, trio.current_time() + 3600)):
+            with trio.move_on_at(min((ends_ns + _LATE_NS) / 1e9, trio.current_time() + 3600)):
                 await self._changed.wait()
             self.engine.advance(current_ns())
             self.obey()

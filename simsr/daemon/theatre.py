@@ -56,6 +56,8 @@ class Theatre:
         self.play: ScenarioRun | None = None
         self._last: Recorded | None = None
         self._step = STEPS[0]
+        self.die: Callable[[], None] = _die
+        """Ends the daemon at once, wherever it is: what ``kill_daemon`` calls."""
 
     async def run(self, task_status: trio.TaskStatus = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled. Under another clock than the system's the alarm stays out of it."""
@@ -181,7 +183,7 @@ class Theatre:
         ended = self.stop()
         if self._last is not None and self._report_file is not None:
             last, file = self._last, self._report_file
-            await trio.to_thread.run_sync(lambda: save_report(file, report_of(last)))
+            await threads.run_sync(lambda: save_report(file, report_of(last)))
         return ended
 
     def _keep_report(self, play: ScenarioRun | None) -> None:
@@ -194,8 +196,8 @@ class Theatre:
         """Of the run that is in force, else of the last scenario that was (not of live rules), if need be in an earlier daemon. Raises `NoScenario`."""
         recording = self.play.recording() if self.play is not None else self._last
         if recording is not None:
-            return await trio.to_thread.run_sync(report_of, recording)
-        kept = await trio.to_thread.run_sync(load_report, self._report_file) if self._report_file is not None else None
+            return await threads.run_sync(report_of, recording)
+        kept = await threads.run_sync(load_report, self._report_file) if self._report_file is not None else None
         if kept is None:
             raise NoScenario(where="this daemon")
         return kept
@@ -275,7 +277,7 @@ class Theatre:
 
     def _die(self) -> None:
         self._keep_report(self.play)
-        os.kill(os.getpid(), signal.SIGKILL)
+        self.die()
 
     def statistics(self) -> dict[str, Any] | None:
         return self.play.statistics() if self.play is not None else None
@@ -283,3 +285,7 @@ class Theatre:
 
 def _nothing() -> None:
     pass
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)

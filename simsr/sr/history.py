@@ -248,7 +248,7 @@ class _Step:
         moves = self._disk.volume.map.root != node.map.root or size_bytes != self._disk.size_bytes
         going = self._going(node.ident)
         if not moves:
-            self._give_to_boot_base(node.ident)
+            self._give_to_boot_base(node.ident, size_bytes)
         if not moves and not going:
             self._changed = False
             return
@@ -395,18 +395,21 @@ class _Step:
         if held and size_bytes < self._disk.size_bytes and self._live is not None:
             raise ShrinkRefused(uuid=self._disk.uuid, old_bytes=self._disk.size_bytes, size=size_bytes)
         self._change.reset(self._ident, node)
-        self._give_to_boot_base(node)
+        self._give_to_boot_base(node, size_bytes)
         if "chain" in self._disk.meta or "chain" in self._change.meta(node):
             self._change.set(self._ident, chain=self._change.meta(node).get("chain"))
         if size_bytes != self._change.size_bytes(node):
             self._change.resize(self._ident, size_bytes)
         self._size_bytes = size_bytes
 
-    def _give_to_boot_base(self, node: int) -> None:
-        """A disk that forgets is taken back for good only if its base is, too."""
+    def _give_to_boot_base(self, node: int, size_bytes: int) -> None:
+        """A disk that forgets is taken back for good only if its base is, too; and a size that it keeps is its base's."""
+        keeps_size = size_bytes != self._change.size_bytes(node)
         for base in boot.bases(self._disk):
-            if not self._change.same_content(base, node):
+            if keeps_size or not self._change.same_content(base, node):
                 self._change.reset(base, node)
+            if keeps_size:
+                self._change.resize(base, size_bytes)
 
     def _let_go(self, going: Iterable[int]) -> None:
         """Hide nodes, or remove them if nothing is kept."""

@@ -447,7 +447,7 @@ class Store:
             self._dead_are_needed
             or (log.blocks_appended - self._checkpoint_blocks) * BLOCK >= CHECKPOINT_LOG_BYTES
             or log.records_appended - self._checkpoint_records >= CHECKPOINT_RECORDS
-            or self.table.dirty_bytes * DIRTY_PART >= self.table.memory.limit_bytes
+            or self.table.dirty_bytes * DIRTY_PART > self.table.memory.limit_bytes
         )
 
     @property

@@ -56,6 +56,10 @@ def test_modes_over_the_api(api):  # noqa: F811
     done = api.ok("POST", path, {"discard": True, "op_id": "gone"})
     assert done["members"][0]["removed"] == [snapshot["uuid"]]
     assert api.ok("POST", path, {"discard": True, "op_id": "gone"})["members"] == done["members"], "the snapshot is gone, the answer is not"
+    api.ok("POST", "/v1/faults", {"rule": {"match": {"op": "resize"}, "action": {"error": "EIO"}}, "name": "elsewhere"}, 201)
+    again = api.ok("POST", path, {"discard": True, "op_id": "gone"})
+    assert again["members"] == done["members"], "nor while a scenario is in force (found by the simulation)"
+    api.ok("DELETE", "/v1/faults/elsewhere")
     api.act(disk, "undo")
     tree = api.ok("GET", f"/v1/vdis/{snapshot['uuid']}/tree")
     assert [node["kind"] for node in tree["nodes"]] == ["snapshot", "tip", "head"] and tree["undo"][0]["mode"] == "reset"

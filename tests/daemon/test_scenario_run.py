@@ -153,6 +153,17 @@ async def test_phases_come_and_go_without_requests(autojump_clock):
         assert [(note["at_s"], note["name"]) for note in here.play.notes] == [(0, "good"), (10, "bad"), (20, "gone")]
 
 
+@pytest.mark.parametrize("begins_s", [0.1 + 0.2, 4105.605076, 1e5 / 3])
+async def test_a_phase_ends_whatever_a_float_makes_of_its_end(autojump_clock, begins_s):
+    """Under a clock that stands still in between, the run once woke up for ever a nanosecond early (found by the simulation)."""
+    await trio.sleep(begins_s)
+    phases = "".join(f'[[phase]]\nname = "p{number}"\nfor = "{number * 7 + 3}ms"\n' for number in range(40))
+    async with stage(rule(action='delay = "1ms"') + phases) as here:
+        with trio.fail_after(60):
+            while not here.play.engine.is_over:
+                await trio.sleep(0.5)
+
+
 async def test_requests_under_way_on_a_path_that_dies_hang_and_go_on_by_the_other(autojump_clock):
     text = (
         '[profile.san]\npaths = { A = "optimized", B = "standby" }\nlatency.all = "20s"\n'

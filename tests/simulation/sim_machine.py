@@ -23,6 +23,8 @@ from simsr.store.memory import MemoryDirectory
 __all__ = ["Failure", "Journal", "MemoryRoot", "Pipe", "Socket", "SimChannel", "Turns"]
 
 PIPE_BYTES = 48 << 10
+UNASKED_MAX = 3000
+"""Changes of files after the last request."""
 
 
 class Failure(AssertionError):
@@ -101,6 +103,7 @@ class Turns:
         self._current: _Worker | None = None
         self.slowness = 1.0
         self.jobs = self.steps = 0
+        self._unasked = 0
 
     def _delay_s(self) -> float:
         draw = self._rng.random()
@@ -117,8 +120,15 @@ class Turns:
         worker = self._current
         if worker is not None and threading.current_thread() is worker.thread:
             self.steps += 1
+            self._unasked += 1
+            if self._unasked > UNASKED_MAX:
+                raise Failure(f"{UNASKED_MAX} changes of files, and nobody has asked for anything: the daemon does not come to rest")
             self._note(f"disk: {what}")
             worker.pause()
+
+    def asked(self) -> None:
+        """Somebody wants something of the daemon."""
+        self._unasked = 0
 
     async def run(self, call: Callable[[], object], limiter: trio.CapacityLimiter | None) -> object:
         await trio.lowlevel.checkpoint_if_cancelled()

@@ -1,6 +1,8 @@
 """One seed: a machine that lives several lives, with guests, an administrator and faults; after each life everything is read and judged.
 
-A life ends with a power cut (a legal survivor of all files), a kill of the daemon, or a stop in order; also while the daemon is starting.
+A life ends with a power cut (a legal survivor of all files), a kill of the daemon, or a stop in order; also while the daemon is starting. A quarter of
+them end at once. The others go through phases: in a *rush* everybody is busy, for seconds; in the *office* the same people do the same with minutes
+between; in the *night* backups run; *idle*, for up to hours, only the daemon's own timers and what a scenario has planned go on.
 """
 
 from __future__ import annotations
@@ -8,19 +10,28 @@ from __future__ import annotations
 import errno
 import random
 import uuid as uuid_module
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from typing import Any
 
 import trio
-from nbd_wire import FLUSH, READ, WRITE
-from sim_client import STUCK_S, Session, guest
-from sim_control import Administrator, Op
+from nbd_wire import FLUSH, READ
+from sim_admin import Administrator
+from sim_api import call
+from sim_client import STUCK_S, Session
+from sim_control import Op
 from sim_faults import faults
+from sim_fuse import make_operations
+from sim_guest import guest
+from sim_judge import Judge
 from sim_machine import Failure, Journal, MemoryRoot, Turns
-from sim_model import Content, Disk
+from sim_model import Disk
 
 from simsr.daemon import threads
-from simsr.daemon.host import Host
+from simsr.daemon.host import Host, Mounted
 from simsr.store.layout import Geometry
 from simsr.store.memory import MemoryDirectory
 from simsr.store.store import Store
@@ -30,6 +41,26 @@ __all__ = ["World"]
 LIVES = 4
 _START = datetime(2026, 1, 1, tzinfo=UTC)
 _EXPECTED_ERRORS = frozenset({errno.EIO, errno.ENOSPC, errno.ESHUTDOWN, errno.ETIMEDOUT})
+_TEMPO = {"rush": 1.0, "office": 150.0, "night": 60.0, "idle": 1e7}
+_SHORT_S = (0.5, 5, 40, 90)
+_LONG_S = {"office": (600, 7200), "night": (600, 3600), "idle": (120, 600, 14400)}
+
+
+class _Died(BaseException):
+    """The daemon has been killed at this very place."""
+
+
+@dataclass
+class Sr:
+    """What the simulation knows of one SR. ``horizon``: everything answered before it is durable."""
+
+    uuid: str
+    is_limited: bool
+    tips_max: int
+    tips_hours: int
+    horizon: int = 0
+    flushed: int = 0
+    is_broken: bool = False  # the disk below the store fails
 
 
 class World:
@@ -44,21 +75,24 @@ class World:
         self.turns = Turns(random.Random(f"threads {seed}"), self.note)
         self.root = MemoryRoot(self.turns.step)
         self.host: Host
+        self.judge = Judge(self)
+        self.srs: dict[str, Sr] = {}
         self.disks: dict[str, Disk] = {}
-        self.locks: dict[str, trio.Lock] = {}
+        self.backups: dict[str, tuple[Disk, list[int | None]]] = {}
+        self._locks: dict[str, trio.Lock] = {}
         self.ops: list[Op] = []  # operations of the administrator that have not been answered
         self.sessions: dict[Session, None] = {}
         self.changed: dict[str, int] = {}  # family -> when an operation on it ended last
         self.moment = self._values = 0
-        self.horizon = self._flushed = 0  # everything answered before it is durable
         self._under_way: dict[int, None] = {}  # moments at which something began that has not ended
-        self.is_down = False
+        self.is_down = self._is_examined = False
         self.faulty, self.damaging = 0, 0  # scenarios in force
         self.faulty_until = self.damaged_until = -1
-        self.is_broken = False  # the disk below the store fails
-        self.is_limited = False
-        self.requests = self.operations = self.sectors_read = self.crashes = 0
-        self.simulated_s = 0.0
+        self._volatile_from: int | None = None  # since when a scenario is in force that may cut the power of disks
+        self._is_cut = False
+        self._tempo, self._phase_ended = 1.0, trio.Event()
+        self.life_began_s = self.busy_s = self.simulated_s = 0.0
+        self.requests = self.operations = self.sectors_read = self.crashes = self.scenarios = self.errors = self.disconnects = self.compared = 0
 
     # The model's clock.
 
@@ -67,23 +101,28 @@ class World:
         return self.moment
 
     def begun(self, moment: int) -> None:
+        self.turns.asked()
         self._under_way[moment] = None
 
     def ended(self, moment: int) -> None:
         self._under_way.pop(moment, None)
 
-    @property
-    def oldest(self) -> int:
+    def oldest(self, sr: str) -> int:
         """Nobody asks about an earlier moment any more."""
-        return min(next(iter(self._under_way), self.moment), self.horizon)
+        return min(next(iter(self._under_way), self.moment), self.srs[sr].horizon)
 
-    def is_durable(self, moment: int) -> None:
-        self.horizon = max(self.horizon, moment)
+    def is_durable(self, sr: str, moment: int) -> None:
+        self.srs[sr].horizon = max(self.srs[sr].horizon, moment)
 
     async def if_up(self) -> None:
         """What comes out of a machine without power is nobody's business."""
         if self.is_down:
             await trio.sleep_forever()
+
+    async def think(self, seconds: float) -> None:
+        """Do nothing for a while, which is longer or shorter as the times are."""
+        with trio.move_on_after(seconds * self._tempo):
+            await (self._phase_ended.wait() if self._tempo > 1 else trio.sleep_forever())
 
     def new_value(self, sector: int) -> int:
         self._values += 1
@@ -98,31 +137,67 @@ class World:
 
     # What is excused.
 
+    def is_faulty(self, issue: int) -> bool:
+        """Whether a scenario was in force at some time since."""
+        return bool(self.faulty) or self.faulty_until >= issue
+
     def is_excused(self, disk: Disk, issue: int) -> bool:
         """Whether there was a reason that a request issued then fails, or loses its connection."""
         reverting = disk.reverting in ("error", "disconnect") or disk.excused >= issue
-        return bool(self.faulty) or self.faulty_until >= issue or self.is_broken or reverting
+        return self.is_faulty(issue) or self.srs[disk.sr].is_broken or reverting
 
     def may_fail(self, disk: Disk, issue: int, command: int, error: int) -> bool:
-        if self.is_limited and error == errno.ENOSPC and command not in (READ, FLUSH):
+        if self.srs[disk.sr].is_limited and error == errno.ENOSPC and command not in (READ, FLUSH):
             return True
         return error in _EXPECTED_ERRORS and self.is_excused(disk, issue)
 
     def may_be_refused(self, disk: Disk, issue: int) -> bool:
-        changing = any(op.family == disk.family for op in self.ops) or self.changed.get(disk.family, -1) >= issue
+        changing = any(disk.family in op.families for op in self.ops) or self.changed.get(disk.family, -1) >= issue
         return self.is_excused(disk, issue) or disk.uuid not in self.disks or changing
 
     def is_damaged(self, issue: int) -> bool:
         """Whether data of that time need not be right."""
         return bool(self.damaging) or self.damaged_until >= issue
 
+    # Scenarios.
+
+    def scenario_begins(self, damages: bool, cuts: bool) -> int:
+        began = self.tick()
+        self.scenarios += 1
+        self.faulty += 1
+        self.damaging += damages
+        if cuts:
+            self._volatile_from, self._is_cut = began, False
+            for disk in self.disks.values():
+                disk.content.lose_from(began)
+        return began
+
+    def power_fails(self) -> None:
+        self.note("the power of disks fails")
+        self._is_cut = True
+        for disk in self.disks.values():
+            disk.content.is_cut = True
+
+    def scenario_ends(self, damages: bool, cuts: bool, began: int) -> None:
+        now = self.tick()
+        self.faulty -= 1
+        self.damaging -= damages
+        self.faulty_until = now
+        if damages:
+            self.damaged_until = now
+        if cuts:
+            self._volatile_from = None
+            for disk in self.disks.values():
+                disk.content.lose_no_more(began, now)
+
     # A seed.
 
     async def run(self) -> None:
         threads.hand_in(self.turns)
         rng = self.rng
-        self.is_limited = rng.random() < 0.3
-        self._make_sr(rng)
+        for number in range(rng.choice((1, 1, 2))):
+            self._make_sr(rng, number)
+        self.crowd = 10 * len(self.srs)
         self.map_memory = rng.choice((0, 4096, 1 << 20, 64 << 20))
         try:
             for life in range(self._lives):
@@ -133,67 +208,87 @@ class World:
             self.turns.close()
         self.simulated_s = trio.current_time()
 
-    def _make_sr(self, rng: random.Random) -> None:
+    def _make_sr(self, rng: random.Random, number: int) -> None:
+        sr = Sr(self.new_uuid(), rng.random() < 0.3, rng.choice((0, 2, 8)), rng.choice((1, 24)))
         geometry = rng.choice((Geometry(16, 2, 2), Geometry(32, 2, 3), Geometry(64, 2, 4)))
-        segments = rng.choice((24, 40)) if self.is_limited else None
-        uuid = self.new_uuid()
-        limit = None if segments is None else (segments + 1) * geometry.segment_bytes * 100 // 99
+        limit = (rng.choice((24, 40)) + 1) * geometry.segment_bytes * 100 // 99 if sr.is_limited else None
         meta = {
-            "uuid": uuid, "name": "sr", "description": "", "sm_config": {}, "limit_bytes": limit, "personality": "sim",
-            "tips_max": rng.choice((0, 2, 8)),
+            "uuid": sr.uuid, "name": f"sr {number}", "description": "", "sm_config": {}, "limit_bytes": limit, "personality": "sim",
+            "tips_max": sr.tips_max, "tips_hours": sr.tips_hours,
         }  # fmt: skip
-        directory = self.root.begin(uuid)
-        store = Store.create(directory, uuid_module.UUID(uuid).bytes, geometry, meta)
+        directory = self.root.begin(sr.uuid)
+        store = Store.create(directory, uuid_module.UUID(sr.uuid).bytes, geometry, meta)
         store.flush()
         store.close()
-        self.root.finish(directory, uuid)
-        self.sr = uuid
-        self.note(f"seed {self.seed}: {geometry}, limit {limit}, tips {meta['tips_max']}")
+        self.root.finish(directory, sr.uuid)
+        self.srs[sr.uuid] = sr
+        self.note(f"seed {self.seed}: SR {sr.uuid[:8]}, {geometry}, limit {limit}, tips {sr.tips_max} for {sr.tips_hours} h")
 
-    @property
-    def directory(self) -> MemoryDirectory:
-        return self.root.directories[self.sr]
-
-    @property
-    def mounted(self):
-        return self.host.mounted[self.sr]
+    def mounted(self, sr: str) -> Mounted:
+        return self.host.mounted[sr]
 
     # A life.
 
     async def _live(self, life: int, is_last: bool = False) -> None:
         rng = self.rng
-        self.directory.cold = rng.random() < 0.4
-        self.is_broken = False
+        for uuid in self.srs:
+            self.root.directories[uuid].cold = rng.random() < 0.4
+            self.srs[uuid].is_broken = False
         ending = rng.choice(("cut", "cut", "cut", "kill", "stop"))
+        plan = self._plan(rng)
         if is_last:
-            ending, lasts_s = "stop", None
-        elif rng.random() < 0.25:
-            lasts_s = rng.random() * rng.choice((0.01, 0.3))
-        else:
-            lasts_s = rng.choice((0.5, 5, 40, 90)) * rng.random()
-        self.note(f"life {life} begins: {'the last' if lasts_s is None else f'{lasts_s:.4f} s'}, then {ending}; cold {self.directory.cold}")
+            ending, plan = "stop", []
+        self.note(f"life {life} begins: {', '.join(f'{name} {lasts_s:.4f} s' for name, lasts_s in plan) or 'the last'}; then {ending}")
         self.is_down = self._is_examined = False
+        self.life_began_s = trio.current_time()
         survivors: list[MemoryRoot] = []
         with trio.CancelScope() as everything:
             self._end = partial(self._crash, ending, survivors, everything)
-            async with trio.open_nursery() as nursery:
-                if lasts_s is not None:
-                    nursery.start_soon(self._ends_after, lasts_s)
-                self.host = Host(
-                    "/simulated", map_memory_bytes=self.map_memory, files=self.root, now=self.now, new_uuid=self.new_uuid
-                )
-                self.host.prepare()
-                await nursery.start(partial(self.host.run, ()))
-                if self.host.failed:
-                    raise Failure(f"the SR cannot be opened: {self.host.failed}")
-                await self._examine()
-                if is_last:
-                    self._crash("stop", survivors, everything)
-                await self._load(rng)
-        if ending == "stop":
-            flushed = not self.is_broken  # a store that has stopped does not flush when it ends
+            self._is_killed = partial(self._crash, "kill", survivors, everything)
+            try:
+                await self._run_daemon(rng, plan)
+            except* _Died:
+                pass
+        if not survivors:
+            flushed = not any(sr.is_broken for sr in self.srs.values())  # a store that has stopped does not flush when it ends
             survivors.append(self.root.survivor(partial(self._survive, "cut" if flushed and rng.random() < 0.5 else "kill")))
         self.root = survivors[0]
+
+    @staticmethod
+    def _plan(rng: random.Random) -> list[tuple[str, float]]:
+        """The phases of a life."""
+        if rng.random() < 0.25:
+            return [("rush", rng.random() * rng.choice((0.01, 0.3)))]
+        plan = [("rush", rng.choice(_SHORT_S) * rng.random())]
+        while rng.random() < 0.45:
+            name = rng.choice(("rush", "office", "night", "idle"))
+            plan.append((name, rng.choice(_LONG_S.get(name, _SHORT_S)) * rng.random()))
+        return plan
+
+    async def _run_daemon(self, rng: random.Random, plan: list[tuple[str, float]]) -> None:
+        async with trio.open_nursery() as nursery:
+            if plan:
+                nursery.start_soon(self._go_through, plan)
+            self.host = Host("/simulated", map_memory_bytes=self.map_memory, files=self.root, now=self.now, new_uuid=self.new_uuid)
+            self.host.theatre.die = self._die
+            self.host.prepare()
+            await nursery.start(partial(self.host.run, ()))
+            if self.host.failed:
+                raise Failure(f"the SR cannot be opened: {self.host.failed}")
+            self.files = make_operations(self.host)
+            await self.judge.examine()
+            self._is_examined = True
+            if not plan:
+                self._end()
+            await self._load(rng)
+
+    async def _go_through(self, plan: list[tuple[str, float]]) -> None:
+        for name, lasts_s in plan:
+            self.note(f"a phase begins: {name}, {lasts_s:.4f} s")
+            ended, self._tempo, self._phase_ended = self._phase_ended, _TEMPO[name], trio.Event()
+            ended.set()
+            await trio.sleep(lasts_s)
+        self._end()
 
     async def _load(self, rng: random.Random) -> None:
         async with trio.open_nursery() as nursery:
@@ -201,20 +296,18 @@ class World:
                 nursery.start_soon(guest, self, random.Random(rng.random()), f"guest {number}")
             for number in range(rng.choice((1, 1, 2))):
                 nursery.start_soon(Administrator(self, random.Random(rng.random()), f"admin {number}").run)
+            nursery.start_soon(Administrator(self, random.Random(rng.random()), "backup").back_up, rng.choice((5, 30)))
             if rng.random() < 0.4:
                 nursery.start_soon(faults, self, random.Random(rng.random()))
             if rng.random() < 0.1:
                 nursery.start_soon(self._break_disk, random.Random(rng.random()))
 
     async def _break_disk(self, rng: random.Random) -> None:
-        await trio.sleep(rng.random() * 20)
-        self.note("the disk fails")
-        self.is_broken = self.directory.fail_sync = True
+        await self.think(rng.random() * 20)
+        sr = rng.choice(list(self.srs.values()))
+        self.note(f"the disk below {sr.uuid[:8]} fails")
+        sr.is_broken = self.root.directories[sr.uuid].fail_sync = True
         await trio.sleep(rng.random() * 10)
-        self._end()
-
-    async def _ends_after(self, seconds: float) -> None:
-        await trio.sleep(seconds)
         self._end()
 
     def _survive(self, ending: str, directory: MemoryDirectory) -> MemoryDirectory:
@@ -222,119 +315,74 @@ class World:
             return directory.after_kill()
         return directory.after_cut(self.rng, self.rng.choice(("some", "some", "some", "none", "all")))
 
+    def _die(self) -> None:
+        """A scenario kills the daemon at this step."""
+        self._is_killed()
+        raise _Died
+
     def _crash(self, ending: str, survivors: list[MemoryRoot], everything: trio.CancelScope) -> None:
         if self.is_down:
             return
         self.is_down = True
         self.crashes += ending != "stop"
         now = self.tick()
-        self.note(f"{ending} at {now}; durable up to {self.horizon}; {len(self.ops)} operations under way")
+        self.note(f"{ending} at {now}; durable up to {[sr.horizon for sr in self.srs.values()]}; {len(self.ops)} operations under way")
         self._look_for_stuck()
-        if self._is_examined:
-            self._flushed = self.horizon
-            if ending != "cut":
-                self.horizon = max(self.horizon, now)
-        elif ending == "cut":  # it may take what a kill before has left and recovery has not flushed yet
-            self.horizon = self._flushed
+        for sr in self.srs.values():
+            if self._is_examined:
+                sr.flushed = sr.horizon
+                if ending != "cut":
+                    sr.horizon = max(sr.horizon, now)
+            elif ending == "cut":  # it may take what a kill before has left and recovery has not flushed yet
+                sr.horizon = sr.flushed
         if ending != "stop":
             survivors.append(self.root.survivor(partial(self._survive, ending)))
         self.sessions.clear()
         self._under_way.clear()
         self.faulty = self.damaging = 0
         self.faulty_until = self.damaged_until = -1
+        self._volatile_from = None
         everything.cancel()
 
     def _look_for_stuck(self) -> None:
         late = trio.current_time() - STUCK_S
         for session in self.sessions:
             for asked in session.asked.values():
-                if asked.at_s < late and not self.is_excused(session.disk, asked.issue):
+                if asked.at_s < late and not session.has_answers and not self.is_excused(session.disk, asked.issue):
                     raise Failure(f"{session.name}: a request issued {trio.current_time() - asked.at_s:.0f} s ago was never answered: {asked}")
         for op in self.ops:
-            if op.at_s < late and not self.faulty and not self.is_broken:
+            if op.at_s < late and not self.faulty and not self.srs[op.sr].is_broken:
                 raise Failure(f"{op} was never answered")
 
-    def stopped(self) -> None:
+    def stopped(self, sr: str) -> None:
         """The store has stopped: somebody will see to it soon."""
-        if not self.is_broken:
+        if not self.srs[sr].is_broken:
             raise Failure("the store has stopped without a reason")
-
-    # Judgement.
-
-    async def _examine(self) -> None:
-        """Read everything, decide what became of what was under way, and hold all of it against the model."""
-        found: dict[str, list[int | None]] = {}
-        vdis = self._vdis()
-        for uuid in sorted(vdis):
-            self.sessions.clear()
-            session = Session(self, self.disks.get(uuid) or Disk(uuid, Content([]), ""), random.Random(self.seed), "examiner")
-            await session.open()
-            if self.disks.get(uuid) is None:
-                session.sectors = vdis[uuid].size_bytes // 512
-            found[uuid] = await session.read_all()
-            await session.close(in_order=True)
-        repository = self.mounted.repository
-        repository.store._check()
-        self._resolve()
-        self._check_list()
-        self._judge(found)
-        self._is_examined = True
-        self.note(f"examined: {len(found)} VDIs")
-
-    def _vdis(self) -> dict:
-        repository = self.mounted.repository
-        return {**repository.vdis, **repository.tips}
-
-    def _resolve(self) -> None:
-        """Find out which operations happened that were never answered."""
-        for op in self.ops:
-            happened = op.happened()
-            self.note(f"{op}, issued {op.issue}: {'happened' if happened else 'did not happen'}")
-            if happened:
-                op.apply(op.issue, None)
-                self.horizon = max(self.horizon, op.issue)
-        self.ops.clear()
-
-    def _check_list(self) -> None:
-        """What is there is what must be; tips may go by themselves."""
-        there = self.mounted.repository
-        there._check()
-        for disk in there.vdis.values():
-            if disk.parent is not None and disk.parent not in there.store.volumes:
-                raise Failure(f"{disk.uuid} descends from volume {disk.parent}, which is not there")
-        wanted = {uuid for uuid, disk in self.disks.items() if not disk.is_tip}
-        if wanted != set(there.vdis):
-            gone, new = sorted(wanted - set(there.vdis)), sorted(set(there.vdis) - wanted)
-            raise Failure(f"VDIs that are gone: {gone}; that nobody made, or that were deleted: {new}")
-        for uuid in [uuid for uuid, disk in self.disks.items() if disk.is_tip and uuid not in there.tips]:
-            del self.disks[uuid]
-        if strange := set(there.tips) - set(self.disks):
-            raise Failure(f"tips of nothing: {sorted(strange)}")
-        for uuid, vdi in self._vdis().items():
-            disk = self.disks[uuid]
-            if vdi.size_bytes != disk.sectors * 512:
-                raise Failure(f"{uuid} has {vdi.size_bytes} bytes, not {disk.sectors * 512}")
-
-    def _judge(self, found: dict[str, list[int | None]]) -> None:
-        read = [(self.disks[uuid], values) for uuid, values in sorted(found.items()) if uuid in self.disks]
-        for disk, values in read:
-            if wrong := disk.content.wrong(values, self.horizon + 1):
-                raise Failure(f"after the start {disk.uuid}{' (a node)' if disk.of else ''}, horizon {self.horizon}: {wrong}")
-        evident = max([self.horizon, *(d.content.newest(values, self.horizon + 1) for d, values in read if d.of is None)])
-        for disk, values in read:
-            if wrong := disk.content.wrong(values, evident):
-                raise Failure(f"not a prefix: {disk.uuid} against what was there at {evident} (durable: {self.horizon}): {wrong}")
-        now = self.horizon = self.tick()
-        for disk, values in read:
-            disk.content = Content.of(values, now)
-            disk.reverting, disk.excused, disk.unsure, disk.coming = None, -1, -1, None
-            self.sectors_read += len(values)
 
     # Helpers for whoever acts.
 
-    def lock_of(self, family: str) -> trio.Lock:
-        return self.locks.setdefault(family, trio.Lock())
+    async def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        """The HTTP API. Raises `Refused`. Never returns if the daemon dies meanwhile."""
+        try:
+            return await call(self.host, method, path, body)
+        except _Died:
+            await trio.sleep_forever()
+        finally:
+            if self.is_down:
+                await trio.sleep_forever()
+
+    @asynccontextmanager
+    async def locked(self, *families: str) -> AsyncIterator[None]:
+        """Nobody else of the administrators does anything to disks of these families."""
+        async with AsyncExitStack() as stack:
+            for family in sorted(set(families)):
+                await stack.enter_async_context(self._locks.setdefault(family, trio.Lock()))
+            yield
 
     def add(self, disk: Disk) -> Disk:
+        disk.born_s = disk.born_s or trio.current_time()
+        if self._volatile_from is not None:
+            disk.content.lose_from(self._volatile_from)
+            disk.content.is_cut = self._is_cut
         self.disks[disk.uuid] = disk
         return disk

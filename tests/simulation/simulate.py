@@ -5,11 +5,17 @@ from __future__ import annotations
 import argparse
 import gc
 import logging
+import os
 import random
 import sys
 import time
-from collections.abc import Iterable
+import traceback
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import trio
 import trio.testing
@@ -20,7 +26,7 @@ from sim_machine import Failure
 from sim_world import World
 from trio._core import _run as trio_run
 
-__all__ = ["KEPT", "Summary", "kept_seeds", "play"]
+__all__ = ["KEPT", "Summary", "Tally", "kept_seeds", "play"]
 
 KEPT = Path(__file__).with_name("seeds.txt")
 LAST_EVENTS = 60
@@ -80,28 +86,46 @@ def _first(error: BaseException) -> BaseException:
     return (failures or others or found)[0]
 
 
+class Tally(NamedTuple):
+    """What a seed has done."""
+
+    simulated_s: float
+    crashes: int
+    requests: int
+    errors: int
+    disconnects: int
+    operations: int
+    compared: int
+    scenarios: int
+    sectors_read: int
+    steps: int
+
+    @classmethod
+    def of(cls, world: World) -> Tally:
+        return cls(*(getattr(world, name) for name in cls._fields[:-1]), world.turns.steps)
+
+
 class Summary:
     """What some seeds have done."""
 
     def __init__(self) -> None:
         self.began = time.perf_counter()
-        self.seeds = self.crashes = self.requests = self.operations = self.sectors_read = self.disk_steps = 0
-        self.simulated_s = 0.0
+        self.seeds = 0
+        self.total = Tally(*(0 for _ in Tally._fields))
 
-    def add(self, world: World) -> None:
+    def add(self, tally: Tally) -> None:
         self.seeds += 1
-        self.simulated_s += world.simulated_s
-        self.disk_steps += world.turns.steps
-        for name in ("crashes", "requests", "operations", "sectors_read"):
-            setattr(self, name, getattr(self, name) + getattr(world, name))
+        self.total = Tally(*map(sum, zip(self.total, tally)))
 
     def __str__(self) -> str:
-        took_s = time.perf_counter() - self.began
-        rate = self.simulated_s / 3600 / (took_s / 60)
+        took_s, total = time.perf_counter() - self.began, self.total
+        hours = total.simulated_s / 3600
+        parts = ("requests", "errors", "disconnects", "operations", "scenarios", "crashes")
+        an_hour = ", ".join(f"{getattr(total, name) / max(hours, 1e-9):.0f} {name}" for name in parts)
         return (
-            f"{self.seeds} seeds in {took_s:.0f} s: {self.simulated_s / 3600:.1f} simulated hours, {rate:.1f} a minute; {self.crashes} crashes, "
-            f"{self.requests} requests, {self.operations} operations, {self.disk_steps} steps of worker threads, "
-            f"{self.sectors_read * 512 >> 20} MiB read and judged"
+            f"{self.seeds} seeds in {took_s:.0f} s: {hours:.1f} simulated hours, {hours / (took_s / 60):.1f} a minute; {total.crashes} crashes, "
+            f"{total.requests} requests, {total.operations} operations, {total.compared} bitmaps of changed blocks, {total.steps} steps of worker "
+            f"threads, {total.sectors_read * 512 >> 20} MiB read and judged. In an hour: {an_hour}"
         )
 
 
@@ -119,36 +143,72 @@ def _seeds(arguments: argparse.Namespace) -> Iterable[int]:
     return range(first, first + count)
 
 
-def main(argv: list[str] | None = None) -> int:
+def _tally_of(seed: int) -> tuple[int, Tally | str]:
+    """For a worker process: what the seed has done, or what it has found."""
+    try:
+        return seed, Tally.of(play(seed))
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        return seed, "".join(traceback.format_exception(error))
+
+
+def _played(seeds: Iterable[int], jobs: int) -> Iterator[tuple[int, Tally | str]]:
+    if jobs == 1:
+        yield from map(_tally_of, seeds)
+        return
+    waiting = iter(seeds)
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        under_way = {pool.submit(_tally_of, seed) for seed in islice(waiting, 2 * jobs)}
+        try:
+            while under_way:
+                done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
+                under_way |= {pool.submit(_tally_of, seed) for seed in islice(waiting, len(done))}
+                for future in done:
+                    yield future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="simulate", description="The whole daemon in one process, with simulated crashes, clients and time.")
     parser.add_argument("--seeds", type=int, help="how many (default 100)")
     parser.add_argument("--first", type=int, help="the first of them (default: at random)")
     parser.add_argument("--seed", type=int, help="only this one: repeats a failure exactly")
     parser.add_argument("--minutes", type=float, help="stop after so long")
-    parser.add_argument("--events", action="store_true", help="print all that happens")
-    arguments = parser.parse_args(argv)
-    summary = Summary()
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="how many at a time (default: one for each core)")
+    parser.add_argument("--keep-going", action="store_true", help="go on with other seeds when one has found something")
+    parser.add_argument("--events", action="store_true", help="print all that happens, and no more; with --seed")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _arguments(argv)
+    if arguments.seed is not None and arguments.events:
+        print("\n".join(play(arguments.seed).journal.lines))
+        return 0
+    summary, found = Summary(), []
     told = summary.began
-    for seed in _seeds(arguments):
-        try:
-            world = play(seed)
-        except KeyboardInterrupt:
-            print(f"simulate: interrupted at seed {seed}; {summary}")
-            return 130
-        except BaseException as error:
-            error.add_note(f"simulate: FAILED with seed {seed}, after {summary}")
-            raise
-        summary.add(world)
-        if arguments.events:
-            print("\n".join(world.journal.lines))
-        now = time.perf_counter()
-        if now - told > 10:
-            print(f"simulate: {summary}", flush=True)
-            told = now
-        if arguments.minutes and now - summary.began > arguments.minutes * 60:
-            break
-    print(f"simulate: {summary}\nsimulate: nothing found")
-    return 0
+    try:
+        for seed, tally in _played(_seeds(arguments), 1 if arguments.seed is not None else arguments.jobs):
+            if isinstance(tally, str):
+                found.append(seed)
+                print(f"{tally}\nsimulate: FAILED with seed {seed}", flush=True)
+                if not arguments.keep_going:
+                    break
+            else:
+                summary.add(tally)
+            now = time.perf_counter()
+            if now - told > 10:
+                print(f"simulate: {summary}", flush=True)
+                told = now
+            if arguments.minutes and now - summary.began > arguments.minutes * 60:
+                break
+    except KeyboardInterrupt:
+        print(f"simulate: interrupted; {summary}")
+        return 130
+    print(f"simulate: {summary}\nsimulate: {f'seeds that found something: {found}' if found else 'nothing found'}")
+    return 1 if found else 0
 
 
 if __name__ == "__main__":

@@ -192,3 +192,20 @@ def test_a_power_cut_leaves_all_of_it_or_nothing(style):
 
 def content_of(volume):
     return volume.read_bytes(0, volume.size_bytes)
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_a_revert_that_keeps_the_size_keeps_that_of_the_base(sr, forgetful, written):
+    """Found by the simulation: the next epoch made the disk smaller."""
+    snapshot = sr.snapshot(forgetful)
+    sr.resize(forgetful, forgetful.size_bytes + 8 * BLOCK)
+    size_bytes = forgetful.size_bytes
+    if written:
+        fill(forgetful, 5)
+    sr.history.carry_out([sr.wishes.one(snapshot, keep_size=True)])
+    assert forgetful.size_bytes == size_bytes
+    kept = content(forgetful)
+    fill(forgetful, 6)
+    assert sr.begin_epoch(forgetful)
+    assert forgetful.size_bytes == size_bytes and content(forgetful) == kept
+    check(sr)

@@ -321,3 +321,11 @@ def test_histories_with_little_memory(seeds, note):
                 store = Store.open(directory, MapMemory(0))
                 witness.compare(store)
                 driver.compare(store)
+
+
+def test_a_store_without_map_memory_comes_to_rest():
+    """A checkpoint of it leaves nothing to be written, so no other one is due (found by the simulation: there was one after the other)."""
+    _, store, volume, _ = filled()
+    assert not store.table.dirty_bytes and not store.wants_checkpoint
+    put(volume, 0, content(9))
+    assert store.wants_checkpoint
