@@ -174,9 +174,9 @@ class World:
 
     def power_fails(self) -> None:
         self.note("the power of disks fails")
-        self._is_cut = True
+        self._is_cut, now = True, self.tick()
         for disk in self.disks.values():
-            disk.content.is_cut = True
+            disk.content.cut(now)
 
     def scenario_ends(self, damages: bool, cuts: bool, began: int) -> None:
         now = self.tick()
