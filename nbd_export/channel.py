@@ -23,7 +23,8 @@ class Channel:
     """What a connection sends and receives through.
 
     ``unsent`` is not empty while some task is in `drain`; ``drained`` is set when that ends. ``turn_began_ns``: since when the
-    connection's task has gone on without letting others go on; the tasks that move data keep it, by the clock ``now_ns``.
+    connection's task has gone on without letting others go on; the tasks that move data keep it, by the clock ``now_ns``. ``woken_ns``: when it was
+    last woken because something had come.
     ``readable`` and ``writable`` wait until there is something to receive, or room to send.
     """
 
@@ -36,7 +37,7 @@ class Channel:
         self.writable = partial(trio.lowlevel.wait_writable, sock)
         self.unsent: deque[bytes | memoryview] = deque()
         self.drained = trio.Event()
-        self.turn_began_ns = 0
+        self.turn_began_ns = self.woken_ns = 0
 
     async def send(self, data: bytes | memoryview) -> None:
         """Send all of ``data``, not mixed with what others send; waits until the client has taken it."""

@@ -218,7 +218,7 @@ class Connection:
                     self._spin_ns = max(_SPIN_MIN_NS, self._spin_ns // 2)
                 slept = channel.now_ns()
                 await channel.readable()
-                channel.turn_began_ns = channel.now_ns()
+                channel.turn_began_ns = channel.woken_ns = channel.now_ns()
                 if channel.turn_began_ns - slept < _SPIN_MAX_NS:
                     self._spin_ns = min(_SPIN_MAX_NS, self._spin_ns * 4)
                 continue

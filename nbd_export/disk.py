@@ -35,12 +35,12 @@ class Dropped(Exception):
 class Reply(Protocol):
     """The answer to one request, for who carries it out to send at its time: before the task that waits for it could go on.
 
-    ``taken_ns``: when the request was taken from its connection, by trio's clock; ``turn_ns``: since when the task that took it had its turn,
-    None if it took others before it.
+    ``taken_ns``: when the request was taken from its connection, by trio's clock; ``woken_ns``: when the task that took it was
+    last woken because something had come, None if it has taken others since.
     """
 
     taken_ns: int
-    turn_ns: int | None
+    woken_ns: int | None
 
     def prepare(self, data: bytearray | None) -> None:
         """It has been carried out; ``data`` are those of a read."""

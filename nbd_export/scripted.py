@@ -28,11 +28,11 @@ _OPS = {c.NBD_CMD_WRITE: "write", c.NBD_CMD_WRITE_ZEROES: "zero", c.NBD_CMD_TRIM
 class _Reply:
     """`nbd_export.disk.Reply` to one request."""
 
-    __slots__ = ("taken_ns", "turn_ns", "_requests", "_request", "_answer")
+    __slots__ = ("taken_ns", "woken_ns", "_requests", "_request", "_answer")
 
-    def __init__(self, requests: ScriptedRequests, request: Request, turn_ns: int | None) -> None:
+    def __init__(self, requests: ScriptedRequests, request: Request, awake_ns: int | None) -> None:
         self.taken_ns = int(trio.current_time() * 1e9)
-        self.turn_ns = None if turn_ns is None else self.taken_ns - turn_ns
+        self.woken_ns = None if awake_ns is None else self.taken_ns - awake_ns
         self._requests, self._request = requests, request
         self._answer: bytes | memoryview
 
@@ -91,7 +91,7 @@ class ScriptedRequests:
             await self._less.wait()
         self._requests += 1
         self._bytes += held
-        reply = _Reply(self, request, channel.now_ns() - channel.turn_began_ns if is_first else None)
+        reply = _Reply(self, request, channel.now_ns() - channel.woken_ns if is_first else None)
         nursery.start_soon(self._perform, request, payload, held, reply)
 
     async def _perform(self, request: Request, payload: bytearray | None, held: int, reply: _Reply) -> None:

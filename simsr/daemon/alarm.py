@@ -81,6 +81,7 @@ class Alarm(trio.abc.Instrument):
         try:
             while True:
                 await trio.lowlevel.wait_readable(self._fd)
+                self.ring()
                 self._arm()  # which also makes it unreadable
         finally:
             fd, self._fd = self._fd, -1
@@ -94,13 +95,13 @@ class Alarm(trio.abc.Instrument):
 
     # What takes how long.
 
-    def came_ns(self, taken_ns: int, turn_ns: int | None) -> int:
-        """When a request came that a task took at ``taken_ns``, as the first on its turn since ``turn_ns``: if it was woken for it, the request
-        was there when the loop stopped waiting, and has since waited for its turn. None: it was not the first, and may just have come."""
-        if self._attends and turn_ns is not None:
+    def came_ns(self, taken_ns: int, woken_ns: int | None) -> int:
+        """When a request came that a task took at ``taken_ns``, as the first since it was woken at ``woken_ns``: if that was since the loop last
+        waited, the request was there when the loop stopped waiting. None: it was not the first, and may just have come."""
+        if self._attends and woken_ns is not None:
             for woke_ns in (self._woke_ns, self._woke_before_ns):
                 if woke_ns <= taken_ns:
-                    return woke_ns if turn_ns >= woke_ns else taken_ns
+                    return woke_ns if woken_ns >= woke_ns else taken_ns
         return taken_ns
 
     @property

@@ -48,15 +48,17 @@ class UnderWay:
 
 
 class Measured:
-    """``with`` it a request is measured, however it ends."""
+    """``with`` it a request is measured, however it ends; from ``came_ns`` on if that is given."""
 
     __slots__ = ("_meter", "_op", "_length", "_began_ns")
 
-    def __init__(self, meter: Meter, op: str, length: int = 0) -> None:
-        self._meter, self._op, self._length = meter, op, length
+    def __init__(self, meter: Meter, op: str, length: int = 0, came_ns: int | None = None) -> None:
+        self._meter, self._op, self._length, self._began_ns = meter, op, length, came_ns
 
     def __enter__(self) -> None:
-        self._began_ns = now = current_ns()
+        now = current_ns()
+        if self._began_ns is None:
+            self._began_ns = now
         self._meter.begin(self._op, now)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
@@ -88,11 +90,15 @@ class ScriptedDisk:
 
     async def read(self, offset: int, length: int, reply: Reply | None = None) -> bytearray:
         """Read under the rules. Raises OSError, `Dropped`, what the disk raises."""
-        with Measured(self._meter, "read", length):
-            return await self._read(offset, length, reply)
+        came_ns = self._came_ns(reply)
+        with Measured(self._meter, "read", length, came_ns):
+            return await self._read(offset, length, reply, came_ns)
 
-    async def _read(self, offset: int, length: int, reply: Reply | None) -> bytearray:
-        state = await self._until_due(Request("read", offset, length, client=self.client), reply)
+    def _came_ns(self, reply: Reply | None) -> int:
+        return current_ns() if reply is None else self._run.alarm.came_ns(reply.taken_ns, reply.woken_ns)
+
+    async def _read(self, offset: int, length: int, reply: Reply | None, came_ns: int) -> bytearray:
+        state = await self._until_due(Request("read", offset, length, client=self.client), came_ns)
         overlay, effects = self._rules.overlay, state.plan.effects
         data = await read(self._disk, overlay.source(offset, effects), length)
         if effects or not overlay.is_quiet:
@@ -104,13 +110,14 @@ class ScriptedDisk:
         self, op: str, offset: int, length: int, payload: bytes | bytearray | None, fua: bool, reply: Reply | None = None
     ) -> None:
         """``op``: write, zero or trim. Raises OSError, `Dropped`, what the disk raises."""
-        with Measured(self._meter, op, length):
-            await self._write(op, offset, length, payload, fua, reply)
+        came_ns = self._came_ns(reply)
+        with Measured(self._meter, op, length, came_ns):
+            await self._write(op, offset, length, payload, fua, reply, came_ns)
 
     async def _write(
-        self, op: str, offset: int, length: int, payload: bytes | bytearray | None, fua: bool, reply: Reply | None
+        self, op: str, offset: int, length: int, payload: bytes | bytearray | None, fua: bool, reply: Reply | None, came_ns: int
     ) -> None:
-        state = await self._until_due(Request(op, offset, length, fua, client=self.client), reply)
+        state = await self._until_due(Request(op, offset, length, fua, client=self.client), came_ns)
         if op == "trim":
             start, end = -(-offset // 4096) * 4096, (offset + length) // 4096 * 4096
             offset, length = start, max(0, end - start)
@@ -156,12 +163,13 @@ class ScriptedDisk:
 
     async def flush(self, reply: Reply | None = None) -> None:
         """Raises OSError, `Dropped`, what the disk raises."""
-        with Measured(self._meter, "flush"):
-            await self._flush_planned(reply)
+        came_ns = self._came_ns(reply)
+        with Measured(self._meter, "flush", 0, came_ns):
+            await self._flush_planned(reply, came_ns)
 
-    async def _flush_planned(self, reply: Reply | None) -> None:
+    async def _flush_planned(self, reply: Reply | None, came_ns: int) -> None:
         promise = self._cache.promises.mark(self._cache.mark())
-        state = await self._until_due(Request("flush", client=self.client), reply)
+        state = await self._until_due(Request("flush", client=self.client), came_ns)
         if not any(effect.kind == "lose" for effect in state.plan.effects):
             mark, log = self._cache.mark(), self._cache.log
             log_mark = log.mark() if log is not None else 0
@@ -187,10 +195,10 @@ class ScriptedDisk:
 
     async def until_due(self, request: Request) -> Plan:
         """Decide, hang, wait. Raises OSError and `Dropped` as the plan says; one that comes back is to be carried out."""
-        return (await self._until_due(request, None, has_lead=False)).plan
+        return (await self._until_due(request, current_ns(), has_lead=False)).plan
 
-    async def _until_due(self, request: Request, reply: Reply | None, has_lead: bool = True) -> UnderWay:
-        """Decide, hang, wait until the request is to be carried out; `_answer` comes behind that."""
+    async def _until_due(self, request: Request, came_ns: int, has_lead: bool = True) -> UnderWay:
+        """Decide, hang, wait until the request, which came at ``came_ns``, is to be carried out; `_answer` comes behind that."""
         run, alarm, now = self._run, self._run.alarm, current_ns()
         path = run.path_of(self._rules, now)
         plan = self._rules.decide(request, now)
@@ -201,7 +209,6 @@ class ScriptedDisk:
         if plan.hang is None and not plan.delay_ns:
             self._refuse(plan, plan.error)
             return state
-        came_ns = now if reply is None else alarm.came_ns(reply.taken_ns, reply.turn_ns)
         with run.watching(state):
             if plan.hang is not None:
                 await self._park(state, plan.hang)

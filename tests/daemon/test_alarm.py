@@ -147,7 +147,7 @@ class TestTimes:
         turn, taken = woke + 200 * US, woke + 210 * US
         assert alarm.came_ns(taken, turn) == woke
         assert alarm.came_ns(taken, None) == taken, "others came before it"
-        assert alarm.came_ns(taken, woke - 1) == taken, "it had its turn already: the request may just have come"
+        assert alarm.came_ns(taken, woke - 1) == taken, "it was awake: the request may just have come"
         stage.sleep(taken + 50 * US)
         assert alarm.came_ns(taken, turn) == woke, "the task that carries it out runs after the loop has looked again"
         assert alarm.came_ns(taken, woke - 1) == taken

@@ -27,7 +27,7 @@ class Reply:
     """When an answer was made and sent, in seconds."""
 
     def __init__(self):
-        self.taken_ns = self.turn_ns = int(trio.current_time() * 1e9)
+        self.taken_ns = self.woken_ns = int(trio.current_time() * 1e9)
         self.prepared, self.sent, self.data = [], [], None
 
     def prepare(self, data):
