@@ -13,7 +13,7 @@ from contextlib import closing
 
 import httpx
 import pytest
-from daemon_tools import Simsrd, short_directory
+from daemon_tools import LIMIT_BYTES, Simsrd, short_directory
 
 from simsr import errors
 
@@ -52,7 +52,7 @@ class Api:
     # Short cuts.
 
     def sr(self, name: str = "sr", **fields: object) -> dict:
-        return self.ok("POST", "/v1/srs", {"name": name, **fields}, 201)
+        return self.ok("POST", "/v1/srs", {"name": name, "limit_bytes": LIMIT_BYTES, **fields}, 201)
 
     def vdi(self, size_bytes: int = MIB, **fields: object) -> dict:
         return self.ok("POST", "/v1/vdis", {"size_bytes": size_bytes, **fields}, 201)

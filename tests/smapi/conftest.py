@@ -14,6 +14,10 @@ from smapi_kit import SR_UUID, Caller, load_plugin
 from smapi_wire import NIL
 
 
+SR_BYTES = str(2 << 30)
+"""Of SRs in a real daemon: without a limit each has 224 MiB written in advance."""
+
+
 @pytest.fixture
 def folder():
     """A folder with a path short enough for unix sockets, which pytest's own is not always."""
@@ -71,7 +75,7 @@ def shared():
                         pki.certificate, "--https-key", pki.key, "--token-file", pki.token_file)
         try:
             simsrd.pki, simsrd.socket = pki, simsrd.start()
-            assert Caller(in_process=True, socket=simsrd.socket, standalone="true").call("sr_create", ["0"]) is NIL
+            assert Caller(in_process=True, socket=simsrd.socket, standalone="true").call("sr_create", [SR_BYTES]) is NIL
             yield simsrd
         finally:
             simsrd.stop()
@@ -96,5 +100,5 @@ def real_pool(shared_socket, xapi, folder):
     caller = Caller(in_process=True, socket=shared_socket, xapi_socket=str(folder / "xapi"))
     caller.members.update(session_ref=xapi.session_ref, sr_ref=xapi.sr_ref, sr_uuid=str(uuid.uuid4()))
     xapi.tables["SR"][xapi.sr_ref]["uuid"] = caller.members["sr_uuid"]
-    assert caller.call("sr_create", ["0"]) is NIL
+    assert caller.call("sr_create", [SR_BYTES]) is NIL
     return caller
