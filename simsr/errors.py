@@ -19,6 +19,7 @@ __all__ = [
     "BadSize",
     "NotFound",
     "Ambiguous",
+    "WhichSr",
     "SrExists",
     "SrNotEmpty",
     "SrInUse",
@@ -127,6 +128,13 @@ class Ambiguous(SimsrError):
     xenapi_code = "SR_BACKEND_FAILURE_1"
     http_status = 409
     hint = "Use the uuid, or more of it."
+
+
+class WhichSr(Ambiguous):
+    """there is more than one SR: {candidates}"""
+
+    exit_code = 23
+    hint = "Name the one that is meant, with --sr."
 
 
 class SrExists(SimsrError):

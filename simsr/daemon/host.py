@@ -36,8 +36,8 @@ from simsr.daemon.nbd_offer import NbdExports
 from simsr.daemon.root import DiskRoot, Root
 from simsr.daemon.replays import Replays
 from simsr.daemon.theatre import Theatre
-from simsr.errors import Ambiguous, BadRequest, NoSpace, SimsrError, SrExists
-from simsr.errors import StoreStopped, UnknownPersonality, VdiExists, VdiInUse
+from simsr.errors import BadRequest, NoSpace, SimsrError, SrExists
+from simsr.errors import StoreStopped, UnknownPersonality, VdiExists, VdiInUse, WhichSr
 from simsr.personalities import find_personality
 from simsr.sr.lookup import resolve
 from simsr.sr.repository import Repository, check_text, check_uuid
@@ -212,7 +212,7 @@ class Host:
                 return next(iter(self.mounted.values()))
             if not repositories:
                 raise BadRequest(what="the request", reason="there is no SR yet; make one with 'simsr sr create NAME'")
-            raise Ambiguous(kind="SR", name="", candidates=", ".join(r.name for r in repositories[:5]))
+            raise WhichSr(candidates=", ".join(r.name for r in repositories[:5]))
         return self.mounted[resolve(reference, "SR", repositories).uuid]
 
     def find_vdi(self, reference: str) -> tuple[Mounted, Vdi]:

@@ -24,6 +24,8 @@ T = TypeVar("T", bound=_Named)
 def resolve(reference: str, kind: str, things: Iterable[T]) -> T:
     """Return the one of ``things`` that ``reference`` means: its uuid, else its name, else the beginning of its uuid.
 
+    A snapshot without a name of its own has that of its disk; the name then means the disk.
+
     Raises `NotFound`, or `Ambiguous` with the uuids that are meant. O(things).
     """
     wanted = reference.lower()
@@ -35,6 +37,8 @@ def resolve(reference: str, kind: str, things: Iterable[T]) -> T:
             named.append(thing)
         if len(wanted) >= PREFIX_MIN and thing.uuid.startswith(wanted):
             begun.append(thing)
+    if len(named) > 1:
+        named = [thing for thing in named if not getattr(thing, "is_a_snapshot", False)] or named
     found = named or begun
     if not found or not reference:
         raise NotFound(kind=kind, name=reference)

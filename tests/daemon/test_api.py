@@ -62,7 +62,7 @@ def test_an_sr_from_beginning_to_end(alone):
     second = api.sr("second")
     assert UUID.fullmatch(second["uuid"]) and [sr["name"] for sr in api.ok("GET", "/v1/srs")] == ["first", "second"]
 
-    api.error("Ambiguous", "POST", "/v1/vdis", {"size_bytes": 512})
+    api.error("WhichSr", "POST", "/v1/vdis", {"size_bytes": 512})
     disk = api.vdi(sr="first", name="x")
     other = api.vdi(sr=second["uuid"][:8], name="y")
     assert (disk["sr"], other["sr"]) == (made["uuid"], second["uuid"])

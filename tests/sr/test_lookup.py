@@ -76,3 +76,14 @@ def test_a_prefix_has_a_least_length():
     assert resolve("aaaa"[:4], "VDI", [A]) is A
     with pytest.raises(NotFound):
         resolve("aaa", "VDI", [A])
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_name_that_a_disk_shares_with_its_snapshots_means_the_disk(order):
+    snapshots = [Thing("aaaa1111-0000-4000-8000-000000000007", "disk"), Thing("aaaa1111-0000-4000-8000-000000000008", "disk")]
+    for snapshot in snapshots:
+        snapshot.is_a_snapshot = True
+    assert resolve("disk", "VDI", [A, *snapshots][::order]) is A
+    for things in (snapshots, [A, B, *snapshots]):
+        with pytest.raises(Ambiguous):
+            resolve("disk", "VDI", things)
