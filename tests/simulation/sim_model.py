@@ -79,7 +79,6 @@ class Content:
         self.versions = versions
         self.stable_until: int | None = None
         self.is_cut = False
-        self._cut_at = -1
 
     @classmethod
     def of(cls, values: Iterable[int], moment: int) -> Content:
@@ -172,19 +171,15 @@ class Content:
         """From now on there is a volatile cache in front of it."""
         self.stable_until = moment
 
-    def cut(self, moment: int) -> None:
-        """The power of the cache has failed."""
-        self.is_cut, self._cut_at = True, moment
-
     def flushed(self, moment: int) -> None:
-        """A flush that was issued then was answered. One that lay in a socket while the power failed covers nothing that was before."""
-        if self.stable_until is not None and moment > self._cut_at:
+        """A flush that was issued then was answered. Behind a cut it says nothing of what was written before, which may be lost."""
+        if self.stable_until is not None and not self.is_cut:
             self.stable_until = max(self.stable_until, moment)
 
     def lose_no_more(self, began: int, now: int) -> None:
         """The cache is gone. What a power cut may have brought back stays possible: as written at any time in between."""
         until, was_cut = self.stable_until, self.is_cut
-        self.stable_until, self.is_cut, self._cut_at = None, False, -1
+        self.stable_until, self.is_cut = None, False
         if until is None or not was_cut:
             return
         for versions in self.versions:

@@ -174,9 +174,9 @@ class World:
 
     def power_fails(self) -> None:
         self.note("the power of disks fails")
-        self._is_cut, now = True, self.tick()
+        self._is_cut = True
         for disk in self.disks.values():
-            disk.content.cut(now)
+            disk.content.is_cut = True
 
     def scenario_ends(self, damages: bool, cuts: bool, began: int) -> None:
         now = self.tick()
