@@ -143,6 +143,8 @@ class Reverts(Actions):
         if disk.base is not None and mode != COMMIT:
             disk.base = target.copy()
         if not is_changed:
+            if together is not None:  # it has nothing to undo, and the others go without it
+                together.count -= 1
             return
         old = disk.content.seen(op.issue).made(at)
         step = Step(None if mode == COMMIT else old, self._gone(disk, member), together=together)
