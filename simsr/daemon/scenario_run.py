@@ -309,7 +309,7 @@ class ScenarioRun:
     async def _cut(self, order: Order) -> None:
         """Make the disks without power look as the cut has left them."""
         details = order.details
-        for name, attached in self._vdis.items():
+        for name, attached in list(self._vdis.items()):  # others may be attached meanwhile
             if not self.engine.is_off(attached.rules):
                 continue
             draws = Draws(details["seed"], details["rule"], attached.rules.key, "cut", details["number"])

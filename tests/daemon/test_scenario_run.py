@@ -299,6 +299,22 @@ class TestPowerCut:
             await self.cut(here, disk)
             assert here.disks["one"].content[:1024] == b"a" * 256 + b"c" * 512 + bytes(256)
 
+    async def test_a_disk_may_be_attached_while_the_loss_is_written(self, autojump_clock):
+        """Found by the simulation."""
+        async with stage(self.CUT.format(nth=2, keep='"none"')) as here:
+            disk, below = here["one"], here.disks["one"]
+            await disk.write("write", 0, 512, b"a" * 512, False)
+            write, another = below.write, SimpleNamespace(**vars(here.vdis["one"]) | {"uuid": "uuid-another"})
+
+            async def write_rest(batch, done):
+                here.play.attach(another, RamDisk(bytearray(SIZE)))
+                await trio.sleep(0.1)
+                write(batch[done:])
+
+            below.write, below.write_rest = lambda batch: 0, write_rest
+            await self.cut(here, disk)
+            assert not any(below.content) and here.play.cuts == 1
+
     async def test_a_client_whose_writes_are_stable_loses_none(self, autojump_clock):
         text = '[profile.p]\ndurability = "each-write"\n' + self.CUT.format(nth=2, keep='"none"')
         async with stage(text) as here:
