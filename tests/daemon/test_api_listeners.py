@@ -25,11 +25,11 @@ async def come_and_go(folder: str, host: Host) -> None:
     await host.delete_vdi(mounted, disk)  # by another client, who knew the uuid beforehand
     snapshot = repository.snapshot(repository.create(1 << 20))
     for _ in range(2):
-        host.attach_host(mounted, snapshot, "host", False)
+        host.attach_host(mounted, snapshot, "host", writable=False, exclusive=True)
         host.detach_host(mounted, snapshot, "host")
     await settled()
     assert os.listdir(f"{folder}/nbd") == []
-    host.attach_host(mounted, snapshot, "host", False)
+    host.attach_host(mounted, snapshot, "host", writable=False, exclusive=True)
     await settled()
     assert os.listdir(f"{folder}/nbd") == [f"{snapshot.uuid}.sock"]
 

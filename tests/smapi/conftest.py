@@ -95,10 +95,10 @@ def real(shared_socket):
 
 
 @pytest.fixture
-def real_pool(shared_socket, xapi, folder):
-    """A caller with a session in the fake xapi, and with an SR of its own in a real simsrd."""
+def real_pool(request, shared_socket, xapi, folder):
+    """A caller with a session in the fake xapi, and with an SR of its own in a real simsrd; its size may be chosen (indirect)."""
     caller = Caller(in_process=True, socket=shared_socket, xapi_socket=str(folder / "xapi"))
     caller.members.update(session_ref=xapi.session_ref, sr_ref=xapi.sr_ref, sr_uuid=str(uuid.uuid4()))
     xapi.tables["SR"][xapi.sr_ref]["uuid"] = caller.members["sr_uuid"]
-    assert caller.call("sr_create", [SR_BYTES]) is NIL
+    assert caller.call("sr_create", [getattr(request, "param", SR_BYTES)]) is NIL
     return caller

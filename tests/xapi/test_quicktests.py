@@ -19,6 +19,7 @@ def seconds(stamp) -> int:
 
 def test_scan_update_probe_and_names(upstream, native_sr):
     x = upstream.x
+    x.SR.scan(native_sr)  # finds what tests before this one have lost on purpose
     before = set(x.SR.get_VDIs(native_sr))
     x.SR.scan(native_sr)
     x.SR.update(native_sr)
