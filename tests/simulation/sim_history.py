@@ -192,7 +192,7 @@ class Reverts(Actions):
                 del world.disks[uuid]
         for uuid, gone in step.show.items():
             node = world.disks.get(uuid) or world.add(gone.as_it_is())
-            node.content, node.group, node.chain = gone.content, gone.group, gone.chain
+            node.content, node.group, node.chain, node.is_destroyed = gone.content, gone.group, gone.chain, gone.is_destroyed
             world.backups.pop(disk.uuid, None)
         if step.head is not None:
             disk.content.take_over(step.head, op.issue, at)

@@ -13,7 +13,7 @@ import pytest
 from sim_machine import Failure
 from simulate import Summary, Tally, kept_seeds, play
 
-SECONDS = 25
+SECONDS = 60
 """How long fresh seeds are played in the suite; `script/simulate` plays more."""
 
 SEEDS_MIN = 8  # fewer prove too little, however slow the machine is
