@@ -423,6 +423,8 @@ class _Step:
     def _note(self, entry: dict, base: int | None, origin: list[str] | None = None, is_open: bool = False) -> None:
         """A new operation: there is one more to undo, and nothing to redo."""
         self._keeper.drop_entries(self._change, self._ident, REDO, len(self._disk.history.get(REDO, ())))
+        if base is not None and not self._change.exists(base):  # a ghost that only what was dropped has needed: its kid has moved up
+            base = self._change.parent(self._wish.node.volume.ident if self._wish.mode == FOLLOW else self._ident)
         self._set(base, origin, is_open or entry["head"] is None and bool(self._disk.history.get("open")))
         if self._keeper.on:
             history = self._change.meta(self._ident)["history"]

@@ -3,6 +3,7 @@
 import random
 
 import pytest
+from history_kit import follow, go, tips, undo
 from sr_kit import BLOCK, SR_UUID, STYLES, World, check, content, fill, photo, put, unchanged, zero
 
 from simsr.errors import NotFound, SrInUse, SrNotEmpty, StoreStopped, VdiInUse, VdiReadOnly
@@ -248,3 +249,23 @@ def test_after_an_io_error_nothing_changes_any_more(world, sr, disk):
         with unchanged(sr), pytest.raises(StoreStopped):
             act()
     assert world.cut(random.Random(0), "none").get(disk.uuid).name == "disk"
+
+
+def test_follow_from_below_a_node_that_only_something_to_redo_has_kept():
+    """Found by seed 248 of the simulation: the disk descended from a volume that the same change removed."""
+    world = World()
+    sr = world.repository
+    disk = sr.create(4 * BLOCK, name="disk")
+    q, p, s = (fill(disk, tag) or sr.snapshot(disk, name=name) for tag, name in enumerate("qps", 1))
+    go(sr, p)
+    fill(disk, 4)
+    wanted = content(disk)
+    go(sr, q)
+    [tip] = tips(sr, disk)
+    go(sr, s, "commit")
+    undo(sr, disk)
+    for node in (p, sr.get(s.uuid)):  # what is left of them is what the tip and the undone commit descend from
+        sr.delete(node)
+    follow(sr, tip)
+    check(sr)
+    assert content(disk) == wanted and disk.parent in sr.store.volumes
