@@ -252,7 +252,7 @@ class _Step:
         if not moves and not going:
             self._changed = False
             return
-        head = self._leave(going) if moves else node.ident
+        head = self._leave(going) if moves or size_bytes != node.size_bytes else node.ident
         if moves:
             self._take_over(node.ident, size_bytes)
         self._note({"head": head, "show": going}, node.ident if moves else self._disk.parent)

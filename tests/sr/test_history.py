@@ -269,3 +269,21 @@ def test_follow_from_below_a_node_that_only_something_to_redo_has_kept():
     follow(sr, tip)
     check(sr)
     assert content(disk) == wanted and disk.parent in sr.store.volumes
+
+
+def test_undo_brings_back_the_size_that_a_discarding_reset_kept():
+    """The content was the snapshot's already, the size was not (found by seed 268 of the simulation)."""
+    world = World()
+    sr = world.repository
+    disk = sr.create(5 * BLOCK, name="disk")
+    fill(disk, 1)
+    snapshot = sr.snapshot(disk)
+    sr.resize(disk, 6 * BLOCK)
+    wanted = content(disk)
+    go(sr, snapshot, discard=True, keep_size=True)
+    assert content(disk) == wanted and snapshot.uuid not in sr.vdis
+    sr.resize(disk, 7 * BLOCK)
+    fill(disk, 2)
+    undo(sr, disk)
+    check(sr)
+    assert content(disk) == wanted and snapshot.uuid in sr.vdis
