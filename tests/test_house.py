@@ -7,6 +7,7 @@ foundation; not from a folder beside it. The lower half must also stay free of w
 from __future__ import annotations
 
 import ast
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,11 @@ MAY_PRINT = {"simsr.cli", "simsr.web", "simsr.daemon.main", "simsr.xapi.main"}
 HANDED_IN = {("simsr.store.memory", "random")}  # takes a generator from the test that uses it
 CODE_LINES_MAX = 450  # "about 400"
 LINES_MAX = 600
+
+AT_THE_TOP = {
+    ".ci", ".gitignore", "LICENSE", "Makefile", "README.md", "pyproject.toml",
+    "bench", "docs", "fs_layout", "nbd_export", "scenarios", "script", "simsr", "tests",
+}  # fmt: skip
 
 FILES = sorted(
     path for folder in ("simsr", "nbd_export", "fs_layout", "scenarios") for path in (ROOT / folder).rglob("*.py")
@@ -148,6 +154,13 @@ def is_docstring(node: ast.AST) -> bool:
 def test_every_module_is_in_the_house():
     strangers = [module_of(path) for path in FILES if folder_of(module_of(path)) is None and module_of(path) not in FOUNDATION]
     assert not strangers, f"not in the table of folders: {strangers}"
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
+def test_nothing_else_lies_at_the_top():
+    """What somebody tried out there is easily committed with the rest."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    assert {path.partition("/")[0] for path in listed if path} == AT_THE_TOP
 
 
 def test_the_rule_itself():
