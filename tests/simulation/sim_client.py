@@ -159,6 +159,10 @@ class Session:
         found = sectors_of(reply.data)
         if len(found) < asked.count and not self._may_end_at(asked.first + len(found)):
             raise Failure(f"{self.name}: {what} of {self.disk.uuid} gave {len(found)} sectors")
+        left = max(0, self.disk.sectors - asked.first)
+        if len(found) > left and not self.world.may_be_refused(self.disk, asked.issue):
+            raise Failure(f"{self.name}: {what} of {self.disk.uuid} gave {len(found)} sectors, and it has {left} from there on")
+        del found[left:]  # a revert has made it smaller meanwhile
         if wrong := self.disk.content.wrong(found, asked.issue, asked.first, self.disk.coming):
             raise Failure(f"{self.name}: {what} of {self.disk.uuid}: {wrong}")
         self.world.sectors_read += asked.count

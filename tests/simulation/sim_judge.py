@@ -82,7 +82,7 @@ class Judge:
         world = self.world
         sr = world.srs[tip.sr]
         others = sum(one.is_tip and one.of == tip.of for one in world.disks.values())
-        return sr.is_limited or trio.current_time() - tip.born_s >= sr.tips_hours * 3600 - 1 or others > sr.tips_max
+        return sr.is_limited or trio.current_time() - world.born_s[tip.uuid] >= sr.tips_hours * 3600 - 1 or others > sr.tips_max
 
     def check_list(self) -> None:
         """What is there is what must be."""
@@ -124,7 +124,7 @@ class Judge:
         sr = world.srs[there.uuid]
         oldest_s = trio.current_time() - sr.tips_hours * 3600 - EXPIRY_S
         if trio.current_time() - world.life_began_s > EXPIRY_S and not (sr.is_limited or sr.is_broken):
-            if stale := [uuid for uuid in there.tips if mine[uuid].born_s < oldest_s]:
+            if stale := [uuid for uuid in there.tips if world.born_s[uuid] < oldest_s]:
                 raise Failure(f"tips that are too old: {stale}")
 
     # What is in it.

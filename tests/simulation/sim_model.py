@@ -242,7 +242,6 @@ class Disk:
     is_destroyed: bool = False  # only changed blocks are known
     base: Content | None = None  # of a disk that forgets
     hosts: dict[str, bool] = field(default_factory=dict)  # hosts that have it attached: whether for writing
-    born_s: float = 0.0
     undo: list[Step] = field(default_factory=list)
     redo: list[Step] = field(default_factory=list)
     reverting: str | None = None  # the live mode in which it is being reverted now
@@ -254,7 +253,7 @@ class Disk:
     def as_it_is(self) -> Disk:
         """A node, to be kept for who undoes its going."""
         return Disk(
-            self.uuid, self.content, self.family, self.of, self.is_tip, self.sr, self.group, self.chain, self.is_destroyed, born_s=self.born_s
+            self.uuid, self.content, self.family, self.of, self.is_tip, self.sr, self.group, self.chain, self.is_destroyed
         )
 
     @property

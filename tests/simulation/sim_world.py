@@ -78,6 +78,7 @@ class World:
         self.judge = Judge(self)
         self.srs: dict[str, Sr] = {}
         self.disks: dict[str, Disk] = {}
+        self.born_s: dict[str, float] = {}  # of every node there ever was
         self.backups: dict[str, tuple[Disk, list[int | None]]] = {}
         self._locks: dict[str, trio.Lock] = {}
         self.ops: list[Op] = []  # operations of the administrator that have not been answered
@@ -380,7 +381,7 @@ class World:
             yield
 
     def add(self, disk: Disk) -> Disk:
-        disk.born_s = disk.born_s or trio.current_time()
+        self.born_s.setdefault(disk.uuid, trio.current_time())  # who redoes what made a tip gets it back as old as it was
         if self._volatile_from is not None:
             disk.content.lose_from(self._volatile_from)
             disk.content.is_cut = self._is_cut
