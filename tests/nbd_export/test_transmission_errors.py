@@ -124,3 +124,17 @@ async def test_a_long_write_that_fails_in_one_place_is_answered_once_with_the_er
     rig.disk.failures.clear()
     assert not (await client.call(WRITE, 0, payload=b"u" * (3 * MIB))).error
     assert bytes(rig.disk.content[: 3 * MIB]) == b"u" * (3 * MIB)
+
+
+@pytest.mark.parametrize(
+    ("name", "wire"),
+    [("EPERM", 1), ("EROFS", 1), ("EACCES", 1), ("EIO", 5), ("ENOMEM", 12), ("EINVAL", 22), ("ENOSPC", 28),
+     ("EDQUOT", 28), ("EFBIG", 28), ("EOVERFLOW", 75), ("ENOTSUP", 95), ("ESHUTDOWN", 108), ("ETIMEDOUT", 5),
+     ("ENOENT", 5)],
+)  # fmt: skip
+def test_wire_errors(name, wire):
+    assert c.wire_error(getattr(errno, name)) == wire
+
+
+def test_wire_errors_are_those_of_the_protocol():
+    assert set(c.WIRE_ERRORS.values()) == {0, 1, 5, 12, 22, 28, 75, 95, 108}
