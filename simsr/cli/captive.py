@@ -146,6 +146,9 @@ def _home_sr(client: Client) -> str:
 
 def _run(command: list[str], environment: dict[str, str]) -> int:
     """Run the command to its end, passing signals on; return its status as a shell would."""
+    if not command[0]:  # which posix_spawnp refuses in another way than what is not there
+        complain("cannot run '': its name is empty")
+        return 127
     watched = _FORWARDED | {signal.SIGCHLD}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
     try:

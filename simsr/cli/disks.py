@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Optional
 
 import typer
@@ -10,9 +11,13 @@ from simsr.cli.client import Client, checked_text
 from simsr.cli.output import print_fields, print_json, print_table, say, size_and_bytes
 from simsr.cli.space import space_of
 from simsr.cli.terms import set_terms
+from simsr.errors import BadRequest
 from simsr.units import format_size, parse_size
 
-__all__ = ["vdi_commands", "clone", "called", "Json", "Name", "Sr", "Vdi"]
+__all__ = ["vdi_commands", "clone", "called", "For", "Json", "Name", "Sr", "Vdi"]
+
+LONGEST_S = 1_000_000_000
+"""The API takes no more, which is 31 years."""
 
 vdi_commands = typer.Typer(help="Create, list, show, resize and delete VDIs.")
 
@@ -20,6 +25,19 @@ Vdi = Annotated[str, typer.Argument(metavar="VDI", help="Uuid, unique prefix of 
 Name = Annotated[Optional[str], typer.Option("--name", metavar="NAME", help="Name for people; need not be unique.")]
 Sr = Annotated[Optional[str], typer.Option("--sr", metavar="SR", help="The SR; may be left out if there is only one.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON as the API gives it.")]
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds <= LONGEST_S:  # false for nan, too
+        raise BadRequest(what=f"--for {text!r}", reason=f"it must be a number of seconds, more than 0 and at most {LONGEST_S}")
+    return seconds
+
+
+For = Annotated[Optional[float], typer.Option("--for", metavar="SECONDS", parser=_seconds, help="End it after that time.")]
 
 
 @vdi_commands.command("create")

@@ -32,7 +32,7 @@ class FileFailure(SimsrError):
     """cannot {action} {path}: {reason}"""
 
     def __init__(self, hint: str = "", **details: object) -> None:
-        super().__init__(**details)
+        super().__init__(**{**details, "path": details["path"] or "''"})
         self.hint = hint
 
 

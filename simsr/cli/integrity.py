@@ -16,6 +16,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from simsr.cli.client import Client, Session
+from simsr.cli.failures import FileFailure
 from simsr.cli.output import complain, print_json, say
 from simsr.cli.repositories import Json, only_sr, sr_commands
 from simsr.errors import SimsrError
@@ -122,6 +123,8 @@ def _not_done(context: typer.Context, error: Exception) -> typer.Exit:
     session: Session = context.obj
     if session.debug:
         raise error
+    if isinstance(error, OSError):
+        error = FileFailure(action="use", path=error.filename or "its files", reason=error.strerror or str(error))
     complain(str(error), getattr(error, "hint", ""))
     return typer.Exit(NOT_DONE)
 

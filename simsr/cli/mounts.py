@@ -10,6 +10,7 @@ import typer
 from simsr.cli.client import Client, checked_text
 from simsr.cli.output import print_json, print_table, say
 from simsr.cli.repositories import Json
+from simsr.errors import BadRequest
 
 __all__ = ["mount", "mounts", "umount"]
 
@@ -17,6 +18,8 @@ Directory = Annotated[str, typer.Argument(metavar="DIR", help="A directory on th
 
 
 def _absolute(directory: str) -> str:
+    if not directory:  # of a shell variable that is not set, mostly
+        raise BadRequest(what="the directory ''", reason="it is empty; '.' is this directory")
     return os.path.abspath(checked_text("directory", directory))
 
 

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from simsr.cli.client import Client
+from simsr.cli.disks import For
 from simsr.cli.failures import FileFailure
 from simsr.cli.output import complain, print_fields, print_json, print_table, say
 from simsr.cli.report_file import check_expectations, page_file, print_expectations, print_report
@@ -139,7 +140,7 @@ def run(
     file: File,
     seed: Annotated[Optional[int], typer.Option("--seed", metavar="N", help="Instead of the seed of the file.")] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Come back when it is in force; it then runs by itself.")] = False,
-    for_s: Annotated[Optional[float], typer.Option("--for", metavar="SECONDS", help="Stop it after that time.")] = None,
+    for_s: For = None,
     step: Annotated[Optional[str], typer.Option("--step", metavar="STEP", help="Where kill_daemon at-step kills.")] = None,
     out: Annotated[Optional[str], typer.Option("--report", metavar="FILE", help="Write a page about the run in the end.")] = None,
     as_json: Json = False,
@@ -151,6 +152,8 @@ def run(
     client: Client = context.obj.client
     if detach and out is not None:
         raise BadRequest(what="--report with --detach", reason="the run goes on when the command has ended")
+    if detach and for_s is not None:
+        raise BadRequest(what="--for with --detach", reason="nobody would be there to stop it; 'simsr scenario stop' does")
     with page_file(out) as write:
         _run(client, {**read_scenario(file), "seed": seed, "step": step}, detach, for_s, out and write, as_json)
 

@@ -18,7 +18,7 @@ from typing import Annotated, Any, BinaryIO, Optional
 import typer
 
 from simsr.cli.client import Client, checked_text
-from simsr.cli.disks import Json, Vdi
+from simsr.cli.disks import For, Json, Vdi
 from simsr.cli.failures import FileFailure
 from simsr.cli.output import complain, print_fields, print_json, print_table
 from simsr.cli.transfer import delete_when_free, undisturbed
@@ -33,7 +33,6 @@ SCRATCH = "scratch"
 trace_commands = typer.Typer(help="Look into recorded traces, and convert them.")
 
 Force = Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")]
-For = Annotated[Optional[float], typer.Option("--for", metavar="SECONDS", help="End it after that time.")]
 Format = Annotated[Optional[str], typer.Option("--format", metavar="F", help="own, fio2, fio3, blktrace, msr, ...; default: found out.")]
 Device = Annotated[Optional[str], typer.Option("--device", metavar="NAME", help="Only this disk of a trace with several.")]
 
@@ -227,7 +226,7 @@ def replay(
     limit_s = duration_s(max_lag)
     body = {
         "trace": os.path.abspath(checked_text("file", file)), "format": check_format(trace_format) if trace_format else None,
-        "device": device, "speed": speed, "start_s": duration_s(start) if start else None, "loop": loop, "fit": fit, "paced": not fast,
+        "device": device, "speed": speed, "start_s": duration_s(start) if start is not None else None, "loop": loop, "fit": fit, "paced": not fast,
         "depth": depth or (64 if fast else None), "in_use": in_use, "seconds": for_s,
     }  # fmt: skip
     client: Client = context.obj.client

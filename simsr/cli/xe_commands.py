@@ -36,7 +36,7 @@ def find_command(name: str) -> Command:
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         raise BadRequest(
-            what=f"xe command {name}", reason=f"did you mean {near[0]}?" if near else "'simsr xe help' lists what there is"
+            what=f"xe command {name or repr(name)}", reason=f"did you mean {near[0]}?" if near else "'simsr xe help' lists what there is"
         )
     return COMMANDS[name]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from time import monotonic
 from typing import Annotated, Any
 from urllib.parse import unquote
@@ -248,7 +249,11 @@ def _add_error_handlers(app: FastAPI) -> None:
         first = error.errors()[0]
         # What is no JSON has the position of the mistake, a number, for a name.
         where = ".".join(part for part in first["loc"] if part != "body" and isinstance(part, str)) or "the request body"
-        return error_answer(BadRequest(what=where, reason=first["msg"]))
+        value = first["input"] if first["type"] not in ("missing", "extra_forbidden") else None
+        shown = f" {value!r:.100}" if isinstance(value, str | int | float) else ""
+        # pydantic speaks of inputs, which no reader knows.
+        reason = re.sub(r"^(Input|String|Value|List) should ", "it must ", first["msg"].removeprefix("Value error, "))
+        return error_answer(BadRequest(what=where + shown, reason=reason))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:

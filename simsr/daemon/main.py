@@ -168,6 +168,8 @@ async def _stop_with_parent(parent_fd: int) -> None:
 
 
 async def _serve(arguments: argparse.Namespace) -> None:
+    if not arguments.root:
+        raise BadRequest(what="--root ''", reason="it is empty; '.' is this directory")
     parent_fd = _watch_parent() if arguments.exit_with_parent else None
     control_fd, passed = _sort_passed(listen_fds())
     if control_fd is not None and arguments.socket:

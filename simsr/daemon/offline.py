@@ -28,16 +28,25 @@ Progress = Callable[[str, int, int], None]
 
 
 def _stores(path: str) -> list[str]:
-    """The SR directories at ``path``. Raises `StoreFormat`, OSError."""
-    names = os.listdir(path)
+    """The SR directories at ``path``. Raises `StoreFormat` if there are none, or it cannot be looked at; OSError."""
+    try:
+        names = os.listdir(path)
+    except OSError as error:
+        raise _no_store(path, error.strerror or str(error)) from None
     if any(name.startswith(("super.", "seg-", "table-", "map-")) for name in names):
         return [path]
     below = os.path.join(path, "sr")
     found = [os.path.join(below, name) for name in sorted(os.listdir(below)) if name[0] != "."] if "sr" in names else []
     found = [one for one in found if os.path.isdir(one)]
     if not found:
-        raise StoreFormat(path=path, reason="there is neither an SR nor the root of a daemon with SRs in this directory")
+        raise _no_store(path, "there is neither an SR nor the root of a daemon with SRs in this directory")
     return found
+
+
+def _no_store(path: str, reason: str) -> StoreFormat:
+    error = StoreFormat(path=path, reason=reason)
+    error.hint = "Name the root of a daemon, or the directory of an SR below it (ROOT/sr/UUID)."
+    return error
 
 
 # Check.

@@ -27,8 +27,8 @@ def duration_s(text: str) -> float:
     """Seconds of a duration such as 5ms or 3h. Raises `BadRequest`."""
     try:
         return parse_duration(text) / 1e9
-    except ValueError as error:
-        raise BadRequest(what=f"the time {text!r}", reason=str(error)) from None
+    except ValueError:
+        raise BadRequest(what=f"the time {text!r}", reason="it must be a duration such as 250us, 3ms, 12s or 10m") from None
 
 
 def check_format(name: str) -> str:

@@ -55,7 +55,7 @@ class Installation:
 
     def __init__(self, root: str) -> None:
         if not os.path.isdir(root):
-            raise InstallRefused(action="use", path=root, reason="there is no such directory", hint="Make it first.")
+            raise InstallRefused(action="use", path=root or "''", reason="there is no such directory", hint="Make it first.")
         self._placement = Placement(root)
         self.root = self._placement.root
         self._conf: XapiConf | None = None

@@ -122,6 +122,8 @@ def _listen(family: int, address: str | tuple) -> socket.socket:
 
 
 async def _serve(arguments: argparse.Namespace) -> None:
+    if not arguments.root:
+        raise BadRequest(what="--root ''", reason="it is empty; '.' is this directory")
     root = os.path.abspath(arguments.root)
     os.makedirs(root, mode=0o700, exist_ok=True)
     settings = _settings(arguments, root)

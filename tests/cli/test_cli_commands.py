@@ -369,6 +369,33 @@ def test_wrong_usage(simsr, words, message, hint):
     assert done.err == f"simsr: {message}\nHint: {hint}\n"
 
 
+@pytest.mark.parametrize("command", [["record", "root", "FILE"], ["replay", "FILE", "--vdi", "root"], ["scenario", "run", "hdd-7200"]])
+@pytest.mark.parametrize("seconds", ["nan", "inf", "0", "-1", "2e9", "", "1m"])
+def test_a_time_that_is_none_is_a_usage_error(simsr, daemon, tmp_path, command, seconds):
+    done = simsr(*[str(tmp_path / word) if word == "FILE" else word for word in command], f"--for={seconds}")
+    assert (done.status, done.out, daemon.requests) == (2, "", [])
+    assert done.err.startswith(f"simsr: --for '{seconds}' is not valid: it must be a number of seconds, more than 0")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        (["scenario", "run", "hdd-7200", "--detach", "--for", "5"], 2, "--for with --detach is not valid: nobody would be there to stop it"),
+        (["mount", ""], 2, "the directory '' is not valid: it is empty"),
+        (["umount", ""], 2, "the directory '' is not valid: it is empty"),
+        (["smapi", "check", "--plugin", ""], 1, "cannot check '': there is no such file"),
+        (["xe", ""], 2, "xe command '' is not valid"),
+        (["replay", "file", "--vdi", "root", "--start", ""], 2, "the time '' is not valid: it must be a duration"),
+    ],
+)
+def test_what_is_empty_or_without_effect_is_refused_by_its_name(simsr, daemon, words, status, message):
+    """Nothing in quotes is mostly a shell variable that is not set; it must not mean the directory that one happens to be in."""
+    done = simsr(*words)
+    assert (done.status, done.out, daemon.requests) == (status, "", [])
+    assert message in done.err.splitlines()[0]
+
+
 @pytest.mark.parametrize("words", [[], ["vdi"], ["sr"]])
 def test_a_command_without_its_verb_shows_help_on_standard_error(simsr, words):
     done = simsr(*words)

@@ -124,9 +124,10 @@ def test_check_that_cannot_be_done(simsr, root, filled, tmp_path):
     with ChildDaemon(str(root)):
         outcome = simsr("check", str(root))
         assert outcome.status == 1 and "in use by another process" in outcome.err and outcome.out == ""
-    for directory in (tmp_path / "nowhere", tmp_path):
+    for directory in (tmp_path / "nowhere", tmp_path, Path(__file__)):
         outcome = simsr("check", str(directory))
         assert outcome.status == 1 and str(directory) in outcome.err
+        assert "Errno" not in outcome.err and outcome.err.splitlines()[1].startswith("Hint: Name the root of a daemon")
 
 
 def test_a_store_that_cannot_be_opened_is_corrupt(simsr, root, filled):

@@ -66,6 +66,8 @@ def test_the_status_of_the_command_is_ours(simsr, temporary, script, status):
 def test_a_command_that_is_not_there(simsr, temporary):
     done = simsr("run", "--size", "1M", "--", "nosuchcommand")
     assert (done.status, done.err) == (127, "simsr: cannot run nosuchcommand: No such file or directory\n")
+    done = simsr("run", "--size", "1MiB", "--", "")
+    assert (done.status, done.err) == (127, "simsr: cannot run '': its name is empty\n")
     assert simsr("run", "--size", "1M", "--", "/etc/passwd").status == 126
 
 

@@ -91,6 +91,17 @@ def test_bodies_that_are_no_json(api, content):
         assert "body" in api.error("BadRequest", "POST", "/v1/vdis", content=content, headers=JSON)["message"]
 
 
+def test_values_that_do_not_fit_are_named_with_the_rule_in_plain_words(api):
+    with Unchanged(api):
+        for path, body, message in (
+            ("/v1/srs", {"name": "tiny", "limit_bytes": 1}, "limit_bytes 1 is not valid: it must be greater than or equal to 33554432"),
+            ("/v1/srs", {"name": 5}, "name 5 is not valid: it must be a valid string"),
+            ("/v1/srs", {"name": "a", "size": 5}, "size is not valid: Extra inputs are not permitted"),
+            ("/v1/srs", {"limit_bytes": 1 << 30}, "name is not valid: Field required"),
+        ):
+            assert api.error("BadRequest", "POST", path, body)["message"] == message
+
+
 @pytest.mark.parametrize("content", [b"[]", b"1", b"true", b'"x"', b'[{"size_bytes": 512}]', b"null"])
 def test_bodies_that_are_no_objects(api, content):
     with Unchanged(api):

@@ -233,6 +233,8 @@ def test_two_servers_for_one_root(world):
     command = [sys.executable, "-m", "simsr.cli.main", "xapi", "serve", "--root", str(world.folder / "xapi")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 2 and "another" in done.stderr
+    done = subprocess.run([*command[:-1], ""], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 2 and "--root '' is not valid: it is empty" in done.stderr
     assert world.x.VM.get_all()
 
 
