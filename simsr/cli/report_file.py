@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from simsr import __version__
 from simsr.cli.failures import ExpectationsBroken, FileFailure
 from simsr.cli.output import print_fields, print_table, say
+from simsr.cli.rename_target import rename_target
 
 __all__ = ["page_file", "print_report", "print_expectations", "check_expectations"]
 
@@ -25,9 +27,9 @@ def page_file(path: str | None) -> Iterator[Callable[[dict[str, Any]], None]]:
         yield lambda report: None
         return
     try:
-        if os.path.isdir(path):
-            raise IsADirectoryError(0, "it is a directory")
-        handle, part = tempfile.mkstemp(prefix=".simsr-report-", dir=os.path.dirname(os.path.abspath(path)))
+        target = rename_target(path)
+        beside = None if target is None else os.path.dirname(target)
+        handle, part = tempfile.mkstemp(prefix=".simsr-report-", dir=beside)
     except OSError as error:
         raise FileFailure(action="write", path=path, reason=error.strerror or str(error)) from None
 
@@ -41,7 +43,11 @@ def page_file(path: str | None) -> Iterator[Callable[[dict[str, Any]], None]]:
             mask = os.umask(0)
             os.umask(mask)
             os.chmod(part, 0o666 & ~mask)
-            os.replace(part, path)
+            if target is not None:
+                os.replace(part, target)
+                return
+            with open(path, "wb") as device, open(part, "rb") as stream:
+                shutil.copyfileobj(stream, device)
         except OSError as error:
             raise FileFailure(action="write", path=path, reason=error.strerror or str(error)) from None
 

@@ -21,6 +21,7 @@ from simsr.cli.client import Client, checked_text
 from simsr.cli.disks import For, Json, Vdi
 from simsr.cli.failures import FileFailure
 from simsr.cli.output import complain, print_fields, print_json, print_table
+from simsr.cli.rename_target import rename_target
 from simsr.cli.transfer import delete_when_free, undisturbed
 from simsr.errors import BadRequest, DaemonUnreachable, ReplayUnfaithful, SimsrError
 from simsr.units import format_size, parse_size
@@ -68,17 +69,18 @@ def _written(path: str, force: bool, keep: bool) -> Iterator[BinaryIO]:
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()
         return
-    target = path if keep else f"{path}.{uuid.uuid4().hex[:8]}.partial"
     try:
         if os.path.exists(path) and not force:
             raise FileFailure(action="write", path=path, reason="it exists", hint="Overwrite it with --force.")
+        final = None if keep else rename_target(path)
+        target = path if final is None else f"{final}.{uuid.uuid4().hex[:8]}.partial"
         try:
             with open(target, "wb") as out:
                 yield out
-            if target != path:
-                os.replace(target, path)
+            if final is not None:
+                os.replace(target, final)
         finally:
-            if target != path:
+            if final is not None:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(target)
     except BrokenPipeError:
