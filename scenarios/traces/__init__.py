@@ -21,6 +21,8 @@ FORMATS: dict[str, Format] = {
 }
 """In the order in which `detect` tries them: the strictest tests first."""
 
+DEVICES_NAMED_MAX = 8
+
 HEAD_BYTES = 4096
 """How much of a trace `detect` wants to see."""
 
@@ -58,7 +60,20 @@ def read(
     """
     files = list(streams) if isinstance(streams, Sequence) else [streams]
     records = format_of(format, source).read(files, source)
-    return records if device is None else (record for record in records if record.device == device)
+    return records if device is None else _of_device(records, device, source)
+
+
+def _of_device(records: Iterable[Record], device: str, source: str) -> Iterator[Record]:
+    """Those of one device. Raises `BadTrace` in the end if there were none."""
+    others: set[str] = set()
+    for record in records:
+        if record.device == device:
+            yield record
+            others = {device}
+        elif device not in others and len(others) < DEVICES_NAMED_MAX:
+            others.add(record.device)
+    if device not in others:
+        raise BadTrace(source=source, where="its devices", reason=f"{device!r} is none of them; {did_you_mean(device, sorted(others) or ['none'])}")
 
 
 def convert(records: Iterable[Record], format: str, out: BinaryIO, info: Info = Info()) -> Converted:

@@ -77,7 +77,7 @@ class Workload:
         self._device_bytes, self._trace_bytes, self._fit = device_bytes, trace_bytes, fit
         self._speed, self._start_ns, self._began_ns = speed, start_ns, began_ns
         self._records: Iterator[Record] = iter(())
-        self._next: tuple[int, Request] | None = None
+        self._next: tuple[int, Request, tuple[int, int]] | None = None
         self.rounds = self.skipped = 0
         self._lags = LatestTimes()
         self.lagged = self._lags.add
@@ -98,9 +98,10 @@ class Workload:
             self._advance()
         return due
 
-    def upcoming(self, at_most: int) -> list[tuple[int, Request]]:
-        """The next requests with the times when they are due, whatever time it is; none: that was all."""
-        found: list[tuple[int, Request]] = []
+    def upcoming(self, at_most: int) -> list[tuple[int, Request, tuple[int, int]]]:
+        """The next requests with the times when they are due, whatever time it is, and ``rounds`` and ``skipped`` up to each; none: that
+        was all."""
+        found: list[tuple[int, Request, tuple[int, int]]] = []
         while self._next is not None and len(found) < at_most:
             found.append(self._next)
             self._advance()
@@ -118,7 +119,7 @@ class Workload:
                     continue
                 due = self._began_ns + int((record.issue_ns - self._start_ns) / self._speed)
                 self._round_ended_ns = due
-                self._next = due, request
+                self._next = due, request, (self.rounds, self.skipped)
                 return
             is_empty = self.rounds and self._round_ended_ns == self._began_ns and self._next is None
             if self.rounds and (not self._loop or is_empty):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, TextIO
@@ -18,6 +19,7 @@ from simsr.units import format_size
 __all__ = ["print_json", "print_table", "table_width", "print_fields", "say", "complain", "printable", "size_and_bytes", "styled"]
 
 BOLD, RED, DIM = "1", "1;31", "2"
+_LONG_WORD = re.compile(r"\S{300,}")  # a name that is none; longer than any path that is usual
 
 
 def printable(text: object) -> str:
@@ -85,7 +87,8 @@ def say(sentence: str) -> None:
 
 def complain(message: str, hint: str = "") -> None:
     """Print an error and what to do about it on standard error."""
-    print(styled("simsr:", RED, sys.stderr), printable(message), file=sys.stderr)
+    shown = _LONG_WORD.sub(lambda word: f"{word[0][:80]}...{word[0][-40:]}", printable(message))
+    print(styled("simsr:", RED, sys.stderr), shown, file=sys.stderr)
     if hint:
         print(styled("Hint:", BOLD, sys.stderr), printable(hint), file=sys.stderr)
 

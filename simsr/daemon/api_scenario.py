@@ -251,7 +251,7 @@ def scenario_router(host: Host) -> APIRouter:
     @router.post("/v1/faults-reset", response_model=InForceOut)
     async def reset_faults() -> dict:
         """End all rules and phases, heal all damage, let everybody go on."""
-        return theatre.playing.reset()
+        return theatre.reset()
 
     @router.post("/v1/faults-heal", response_model=HealedOut)
     async def heal(body: Heal | None = None) -> dict:

@@ -27,6 +27,9 @@ _BYTES_MAX = 64 << 20
 _AHEAD = 2048
 _BREATHE = 32  # requests issued in a row before others get their turn
 
+Ahead = tuple[int, Request, tuple[int, int]]
+"""What `Workload.upcoming` gives: when it is due, the request, rounds and requests left out up to it."""
+
 
 class Load:
     """``make`` opens the trace, with times that begin at 0; it may block. ``target`` gives what to ask for each request.
@@ -42,7 +45,8 @@ class Load:
         self._make, self._target, self._alarm, self._is_paced, self._depth = make, target, alarm, is_paced, depth
         self._seconds, self._on_lag = seconds, on_lag
         self._workload: Workload | None = None
-        self._first: list[tuple[int, Request]] = []
+        self._first: list[Ahead] = []
+        self._counts = 0, 0  # rounds begun and requests left out, up to the one that was issued last
         self._scope = trio.CancelScope()
         self.over = trio.Event()
         self._less = trio.Event()
@@ -71,7 +75,7 @@ class Load:
         self._first = await self._ahead(self._workload)
 
     @staticmethod
-    async def _ahead(workload: Workload) -> list[tuple[int, Request]]:
+    async def _ahead(workload: Workload) -> list[Ahead]:
         return await trio.to_thread.run_sync(workload.upcoming, _AHEAD, abandon_on_cancel=True)
 
     async def run(self) -> None:
@@ -96,15 +100,17 @@ class Load:
             self.over.set()
 
     async def _issue_all(self, answers: trio.Nursery) -> None:
-        send, receive = trio.open_memory_channel[list[tuple[int, Request]]](1)
+        send, receive = trio.open_memory_channel[list[Ahead]](1)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._read_ahead, send)
             async for portion in receive:
-                for due_ns, request in portion:
+                for due_ns, request, counts in portion:
                     await self._until(self._began_ns + due_ns, request)
+                    self._counts = counts
                     self._begin(answers, request)
+        self._counts = self._workload.rounds, self._workload.skipped
 
-    async def _read_ahead(self, send: trio.MemorySendChannel[list[tuple[int, Request]]]) -> None:
+    async def _read_ahead(self, send: trio.MemorySendChannel[list[Ahead]]) -> None:
         portion, self._first = self._first, []
         async with send:
             while portion:
@@ -169,12 +175,12 @@ class Load:
         self.first_error = self.first_error or f"{request.op} of bytes {request.offset} to {request.offset + request.length}: {error}"
 
     def statistics(self) -> dict[str, Any]:
-        workload, times, lags = self._workload, self._latencies, self._lags
+        times, lags = self._latencies, self._lags
         now = current_ns() if self._ended_ns is None else self._ended_ns
         ran_ns = 0 if self._began_ns is None else now - self._began_ns
         return {
             "issued": self.issued, "answered": times.count, "in_flight": self.in_flight, "bytes": self.bytes,
-            "skipped": workload.skipped if workload else 0, "rounds": workload.rounds if workload else 0,
+            "skipped": self._counts[1], "rounds": self._counts[0],
             "errors": dict(self.errors), "first_error": self.first_error or None, "seconds": ran_ns / 1e9,
             "paced": self._is_paced, "is_over": self.is_over, "problem": str(self.problem) if self.problem else None,
             "lag_p50_ns": lags.percentile_ns(0.5), "lag_p99_ns": lags.percentile_ns(0.99), "lag_max_ns": lags.max_ns,

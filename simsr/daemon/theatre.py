@@ -233,6 +233,15 @@ class Theatre:
             self.stop()
         return answer
 
+    def reset(self) -> dict[str, Any]:
+        """End all rules and phases, heal all damage, let everybody go on; the scenario that was made for live rules ends with them.
+        Raises `NoScenario`."""
+        play = self.playing
+        answer = play.reset()
+        if play.is_live and play.is_idle:
+            self.stop()
+        return answer
+
     async def record(self, vdi: Vdi, log: WriteLog | None) -> None:
         """Have a log told of every write and flush of a disk from now on, or until the scenario ends; None: no longer."""
         if log is None and self.play is None:

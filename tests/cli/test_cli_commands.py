@@ -396,6 +396,11 @@ def test_what_is_empty_or_without_effect_is_refused_by_its_name(simsr, daemon, w
     assert message in done.err.splitlines()[0]
 
 
+def test_a_name_that_is_none_does_not_fill_the_screen(simsr, daemon):
+    err = simsr("vdi", "show", "x" * 5000).err
+    assert len(err) < 300 and err.startswith("simsr: no VDI is called 'xxx") and "xxx'\nHint: " in err
+
+
 @pytest.mark.parametrize("words", [[], ["vdi"], ["sr"]])
 def test_a_command_without_its_verb_shows_help_on_standard_error(simsr, words):
     done = simsr(*words)

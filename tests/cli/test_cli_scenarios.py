@@ -57,6 +57,8 @@ def test_a_fault_from_beginning_to_end(simsr, disk):
     assert name == "full"
     assert "No space left" in qemu_io(disk, "write 0 4k", "write 0 4k")
     assert simsr("fault", "list").lines == ["RULE  MATCHED  HITS", "full        2     1"]
+    wrong = simsr("fault", "remove", "ful")
+    assert wrong.status == 10 and wrong.err.endswith("Hint: List what there is with 'simsr fault list'.\n")
     assert simsr("fault", "remove", "full").lines == ["full is no longer in force."]
     assert simsr("scenario", "status").status == 43, "nothing is left behind"
     assert simsr("fault", "remove", "full").status == 43

@@ -84,6 +84,16 @@ def test_a_fault_comes_and_goes_while_a_client_is_connected(api, vdi):
     assert api.get("/v1/faults").json() == []
 
 
+def test_a_reset_leaves_nothing_in_the_way_of_a_scenario(api, vdi):
+    add(api, "torn", match={"op": "write", "vdi": vdi["uuid"]}, action={"torn": True})
+    with connected(vdi) as client:
+        client.pwrite(b"a" * 4096, 0)
+    assert api.post("/v1/faults-reset").status_code == 200
+    assert api.get("/v1/scenario").json()["error"]["code"] == "NoScenario"
+    with connected(vdi) as client:
+        assert client.pread(4096, 0) == b"a" * 4096, "the damage is healed"
+
+
 def test_requests_run_beside_one_that_hangs_and_it_goes_on_later(api, vdi):
     with connected(vdi) as client:
         add(api, "stuck", match={"op": "write", "range": "0..4KiB"}, action={"hang": "until-released"})

@@ -201,7 +201,8 @@ class TestSamples:
         devices = {record.device for record in records(data, name)}
         for one in devices:
             assert {record.device for record in records(data, name, device=one)} == {one}
-        assert records(data, name, device="nobody") == []
+        with pytest.raises(BadTrace, match="'nobody' is none of them"):
+            records(data, name, device="nobody")
 
     def test_written_and_read_again(self, name):
         first = records(SAMPLES[name][0], name)
