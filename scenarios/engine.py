@@ -202,9 +202,7 @@ class Engine:
         self.advance(now)
         live = next((rule for rule in self.live_rules if rule.name == name), None)
         if live is None:
-            error = NotFound(kind="rule in force", name=name)
-            error.hint = "List what there is with 'simsr fault list'."
-            raise error
+            raise NotFound(kind="rule in force", name=name)
         self._always = [rule for rule in self._always if rule is not live]
         self._phase_rules = [rule for rule in self._phase_rules if rule is not live]
         self._end(live, now)

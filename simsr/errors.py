@@ -118,6 +118,18 @@ class NotFound(SimsrError):
     http_status = 404
     hint = "List what there is with 'simsr vdi list' or 'simsr sr list'."
 
+    def __init__(self, **details: object) -> None:
+        super().__init__(**details)
+        self.hint = _WHERE_TO_LOOK.get(str(details.get("kind")), self.hint)
+
+
+_WHERE_TO_LOOK = {
+    "API path": "docs/api.md and /openapi.json list what there is.",
+    "mount": "List what there is with 'simsr mounts'.",
+    "replay": "List what there is with GET /v1/replays.",
+    "rule in force": "List what there is with 'simsr fault list'.",
+}
+
 
 class Ambiguous(SimsrError):
     """{name!r} can mean more than one {kind}: {candidates}"""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from simsr.cli.failures import DaemonAnswer
-from simsr.cli.remote import connect, is_remote
+from simsr.cli.remote import FINGERPRINT_VARIABLE, connect, is_remote
 from simsr.errors import BadRequest, DaemonUnreachable, NotFound
 
 if TYPE_CHECKING:
@@ -178,7 +178,10 @@ class Client:
                 raise self._unreachable(known or words) from None
 
     def _unreachable(self, reason: str) -> DaemonUnreachable:
-        return DaemonUnreachable(socket=self.socket_path, reason=reason)
+        error = DaemonUnreachable(socket=self.socket_path, reason=reason)
+        if "CERTIFICATE_VERIFY_FAILED" in reason:  # httpx passes on only the words
+            error.hint = f"Name its certificate in {FINGERPRINT_VARIABLE}; 'simsr https-setup' printed it."
+        return error
 
 
 @dataclass

@@ -98,9 +98,11 @@ def _pinned(address: str, host: str, port: int, digest: bytes, timeout_s: float)
     except (OSError, ValueError) as error:
         raise DaemonUnreachable(socket=address, reason=str(getattr(error, "strerror", None) or error).lower()) from None
     if not hmac.compare_digest(hashlib.sha256(certificate).digest(), digest):
-        raise DaemonUnreachable(
+        wrong = DaemonUnreachable(
             socket=address, reason=f"its certificate has the fingerprint {fingerprint_of(certificate)}, not that of {FINGERPRINT_VARIABLE}"
         )
+        wrong.hint = "Compare it with what 'simsr https-setup' printed there: somebody else may answer."
+        raise wrong
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.check_hostname = False  # it is known by its fingerprint, whatever it is called

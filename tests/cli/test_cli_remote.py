@@ -67,13 +67,14 @@ def test_the_daemon_is_reached(afar, simsr, made):
 def test_another_certificate_is_told_nothing(afar, simsr, made):
     afar.setenv("SIMSR_FINGERPRINT", "00" * 32)
     outcome = simsr("vdi", "list")
-    assert outcome.status == 4 and made["fingerprint"] in outcome.err
+    assert outcome.status == 4 and made["fingerprint"] in outcome.err and "Hint: Compare it" in outcome.err
 
 
 def test_without_a_fingerprint_the_certificate_must_be_trusted(afar, simsr):
     afar.delenv("SIMSR_FINGERPRINT")
     outcome = simsr("vdi", "list")
     assert outcome.status == 4 and "certificate" in outcome.err.lower()
+    assert "Hint: Name its certificate in SIMSR_FINGERPRINT" in outcome.err
 
 
 def test_a_wrong_token(afar, simsr, tmp_path):

@@ -43,6 +43,12 @@ def test_a_demo_that_is_stopped_leaves_nothing(temporary, number):
     assert list(temporary.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["demo", "demo-cloudstack"])
+def test_arguments_are_refused_before_anything_is_done(name):
+    done = subprocess.run([Path(DEMO).parent / name, "--help"], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.endswith(f"{name}: it takes no arguments\n")
+
+
 def test_a_demo_that_fails_says_so(temporary, tmp_path):
     """Without a working qemu-io the disk cannot be damaged; whatever fails, the exit status is not 0."""
     (tmp_path / "qemu-io").write_text("#!/bin/sh\necho out of order; exit 1\n")

@@ -107,7 +107,8 @@ def test_the_commands(daemon, simsr, tmp_path):
     assert "one mount at a time" in simsr("mount", str(where), status=36)
     assert simsr("umount", daemon.directory) == f"{daemon.directory} is unmounted.\n"
     assert not is_mounted(daemon.directory) and simsr("mounts", "--json") == "[]\n"
-    assert "no mount is called" in simsr("umount", daemon.directory, status=10)
+    said = simsr("umount", daemon.directory, status=10)
+    assert "no mount is called" in said and "'simsr mounts'" in said
     for path, reason in (
         (tmp_path / "none", "no such file or directory"), (tmp_path, "the directory is not empty"), ("/dev/null", "not a directory"),
     ):  # fmt: skip
