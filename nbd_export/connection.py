@@ -95,10 +95,15 @@ class Connection:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 self._prepare()
-                if await self._meet("open"):
-                    await self._transmit()
-                    await self._until_flushes(0)
-                    await self._meet("close")
+                try:
+                    if await self._meet("open"):
+                        await self._transmit()
+                        await self._until_flushes(0)
+                        await self._reader.cold.settled()
+                        await self._meet("close")
+                finally:
+                    with trio.CancelScope(shield=True):  # what a job reads must not be closed meanwhile
+                        await self._reader.cold.settled()
             self._channel.say_goodbye()
         finally:
             self._disk.detach()
@@ -117,7 +122,7 @@ class Connection:
             self._replies, make_parser = StructuredReplies() if negotiated.structured_replies else SimpleReplies(), RequestParser
         self._parser = make_parser(self._writable_bytes)
         self._parser.feed(self._leftover)
-        self._reader = Reader(disk, self._replies, channel, self._later, self._failure)
+        self._reader = Reader(disk, self._replies, channel, self._later, self._post, self._failure)
         self._status = BlockStatus(disk, negotiated.meta_contexts, self._replies, self._failure)
         self._scripted = ScriptedRequests(
             disk, self._replies, channel, self._post, self._failure, self._status_and_answer, self.hang_up, self._each_write_durable
@@ -204,7 +209,7 @@ class Connection:
         if now - channel.turn_began_ns > _TURN_MAX_NS:
             await trio.lowlevel.checkpoint()
             channel.turn_began_ns = now = channel.now_ns()
-        waited_for = self._flushes or self._scripted.under_way  # whose end would go unnoticed meanwhile
+        waited_for = self._flushes or self._scripted.under_way or self._reader.cold.under_way  # whose end would go unnoticed meanwhile
         may_spin = self._server.may_spin(self, now) and not waited_for
         deadline = now + self._spin_ns if may_spin else 0
         while True:

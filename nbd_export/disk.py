@@ -90,6 +90,9 @@ class Disk(Protocol):
     async def read_cold(self, batch: Sequence[tuple[int, memoryview]]) -> list[Exception | None]:
         """Fill the views, waiting for the disk; for each what went wrong, or None."""
 
+    def read_soon(self, batch: Sequence[tuple[int, memoryview]], done: Callable[[list[Exception | None]], None]) -> bool:
+        """`read_cold` without a task: call ``done`` with what it would return. It must not raise. False: only `read_cold` can do it now."""
+
     def write(self, batch: Sequence[Write]) -> int:
         """Write in order; returns how many are done. The rest has to wait: `write_rest`."""
 

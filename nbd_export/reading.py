@@ -1,4 +1,4 @@
-"""Answering READ: what is in memory here and now, in large batches; the rest in tasks of its own (`nbd_export.cold`)."""
+"""Answering READ: what is in memory here and now, in large batches; the rest when the disk has it (`nbd_export.cold`)."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ class Reader:
     """The reads of one connection. It has one buffer, so only the connection's own task may call it."""
 
     def __init__(
-        self, disk: Disk, replies: Replies, channel: Channel, later: Later, failure: Callable[[Request, Exception], bytes]
-    ) -> None:
+        self, disk: Disk, replies: Replies, channel: Channel, later: Later, post: Callable[[bytes | memoryview], None],
+        failure: Callable[[Request, Exception], bytes],
+    ) -> None:  # fmt: skip
         self._disk, self._replies, self._channel, self._later = disk, replies, channel, later
-        self._cold = ColdReader(disk, replies, channel, failure)
+        self.cold = ColdReader(disk, replies, channel, post, failure)
         self._out = lazy_buffer(_OUT_BYTES)
 
     async def read(self, requests: list[Request]) -> None:
@@ -37,7 +38,7 @@ class Reader:
         header_bytes = self._replies.header_bytes
         pieces: list[Piece] = []
         used = 0
-        given_away: set[int] = set()  # cookies of requests that a task of their own will finish
+        given_away: set[int] = set()  # cookies of requests that will be finished later
         for request in requests:
             length = request.length
             if length > PIECE_BYTES:
@@ -88,8 +89,8 @@ class Reader:
         await self._send_around(pieces, set(cold), given_away)
 
     async def _send_around(self, pieces: list[Piece], cold: set[int], given_away: set[int]) -> None:
-        """Send the pieces that are there; from the first cold piece of a request on, leave it to a task."""
-        at, ready, reader, header_bytes = 0, [], self._cold, self._replies.header_bytes
+        """Send the pieces that are there; from the first cold piece of a request on, leave it to those who wait for disks."""
+        at, ready, header_bytes = 0, [], self._replies.header_bytes
         waiting = Waiting()
         for index, (request, offset, length, _) in enumerate(pieces):
             end = at + header_bytes + length
@@ -99,16 +100,20 @@ class Reader:
                 given_away.add(request.cookie)
                 rest = request.offset + request.length - offset
                 if rest > PIECE_BYTES:
-                    await self._later(reader.read_long, request, offset, rest)
+                    await self._later(self.cold.read_long, request, offset, rest)
                 else:
                     if waiting.is_full_with(rest):
-                        await self._later(reader.read, waiting)
+                        await self._wait(waiting)
                         waiting = Waiting()
                     waiting.add(request, offset, rest)
             else:
                 ready.append(bytes(self._out[at:end]))
             at = end
         if waiting.requests:
-            await self._later(reader.read, waiting)
+            await self._wait(waiting)
         if ready:
             await self._channel.send(b"".join(ready))
+
+    async def _wait(self, waiting: Waiting) -> None:
+        if not self.cold.read_soon(waiting):
+            await self._later(self.cold.read, waiting)

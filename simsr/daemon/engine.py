@@ -225,6 +225,28 @@ class Engine:
         return {"flush_waits": self.flush_waits, "cold_reads": self.cold_reads, "room_waits": self.room_waits}
 
 
+class _ColdReads:
+    """Reads that wait for the disk together. `run` belongs in a worker thread; then `release`, always."""
+
+    def __init__(self, count: int) -> None:
+        self.jobs: dict[int, ReadJob] = {}
+        self.errors: list[Exception | None] = [None] * count
+
+    def run(self) -> None:
+        if sum(job.parts for job in self.jobs.values()) > 1:
+            for job in self.jobs.values():
+                job.begin()
+        for index, job in self.jobs.items():
+            try:
+                job.run()
+            except (SimsrError, OSError) as error:
+                self.errors[index] = error
+
+    def release(self) -> None:
+        for job in self.jobs.values():
+            job.release()
+
+
 class Disk(Gated):
     """An attached volume (`nbd_export.disk.Disk`)."""
 
@@ -282,29 +304,49 @@ class Disk(Gated):
 
     async def _read_cold(self, batch: Sequence[tuple[int, memoryview]]) -> list[Exception | None]:
         self._engine.cold_reads += len(batch)
-        errors: list[Exception | None] = [None] * len(batch)
-        jobs: list[tuple[int, ReadJob]] = []
-
-        def run() -> None:
-            for _, job in jobs:
-                job.begin()
-            for index, job in jobs:
-                try:
-                    job.run()
-                except (SimsrError, OSError) as error:
-                    errors[index] = error
-
+        reads = _ColdReads(len(batch))
         try:
             for index, (offset, view) in enumerate(batch):
                 try:
-                    jobs.append((index, await self._engine.paged(partial(self._volume.read_job, offset, view))))
+                    reads.jobs[index] = await self._engine.paged(partial(self._volume.read_job, offset, view))
                 except (SimsrError, OSError) as error:
-                    errors[index] = error
-            await threads.run_sync(run, limiter=self._engine._cold)
+                    reads.errors[index] = error
+            await threads.run_sync(reads.run, limiter=self._engine._cold)
         finally:
-            for _, job in jobs:
-                job.release()
-        return errors
+            reads.release()
+        return reads.errors
+
+    def read_soon(self, batch: Sequence[tuple[int, memoryview]], done: Callable[[list[Exception | None]], None]) -> bool:
+        """`read_cold` without a task. False where that would have to wait for something before it can begin."""
+        limiter, reads = self._engine._cold, _ColdReads(len(batch))
+        if self._gate is not None or not limiter.available_tokens:
+            return False
+        try:
+            for index, (offset, view) in enumerate(batch):
+                reads.jobs[index] = self._volume.read_job(offset, view)
+        except (Absent, SimsrError, OSError):
+            reads.release()
+            return False
+        limiter.acquire_on_behalf_of_nowait(reads)
+        self._engine.cold_reads += len(batch)
+        self.under_way += 1
+        token = trio.lowlevel.current_trio_token()
+
+        def ended(result: Outcome) -> None:
+            limiter.release_on_behalf_of(reads)
+            self.under_way -= 1
+            reads.release()
+            if (error := getattr(result, "error", None)) is not None:
+                log.error("a read of the disk failed in a way that is not foreseen", exc_info=error)
+                reads.errors = [error] * len(batch)
+            done(reads.errors)
+
+        def deliver(result: Outcome) -> None:
+            with contextlib.suppress(trio.RunFinishedError):
+                token.run_sync_soon(ended, result)
+
+        threads.start_thread_soon(reads.run, deliver)
+        return True
 
     async def allocation_cold(self, offset: int, length: int, extents_max: int) -> list[tuple[int, bool]]:
         async with self._passing():

@@ -58,8 +58,12 @@ class ReadJob:
         self._view = view
         self._start = offset & ~_BLOCK_MASK
         end = (offset + len(view) + _BLOCK_MASK) & ~_BLOCK_MASK
-        self._entries = volume._entries(self._start >> _BLOCK_SHIFT, end >> _BLOCK_SHIFT)
-        self._runs = volume._runs(self._entries)
+        if end - self._start == BLOCK:  # the usual case without numpy
+            self._entries, self._runs = volume._entry(self._start >> _BLOCK_SHIFT)
+        else:
+            self._entries = volume._entries(self._start >> _BLOCK_SHIFT, end >> _BLOCK_SHIFT)
+            self._runs = volume._runs(self._entries)
+        self.parts = len(self._runs)  # how many reads of the disk there are in it, at most
         for segment, *_ in self._runs:
             if segment is not None:
                 segment.pins += 1
@@ -265,6 +269,15 @@ class Volume:
             view[:] = target[head : head + len(view)]
         return True
 
+    def _entry(self, block: int) -> tuple[list[int], list[_Run]]:
+        """`_entries` and `_runs` of one block."""
+        number, cache = block >> self.map.bits, self.map.cache
+        slots = cache[number] if number in cache else self.map.slots_at(number)
+        entry = slots[block & self.map.fanout - 1] if slots is not None else 0
+        physical = entry & PHYSICAL_MASK
+        segment = self._pool.by_slot[physical >> self._shift] if physical else None
+        return [entry], [(segment, (physical & self._block_mask) << _BLOCK_SHIFT, 0, BLOCK)]
+
     def _entries(self, first: int, last: int) -> np.ndarray:
         """The map entries of blocks ``first`` to ``last``. The result never changes afterwards."""
         bits, mask, cache = self.map.bits, self.map.fanout - 1, self.map.cache
@@ -302,7 +315,11 @@ class Volume:
                 runs.append((None, 0, at, length))
         return runs
 
-    def _verify(self, target: memoryview, entries: np.ndarray, start: int) -> None:
+    def _verify(self, target: memoryview, entries: np.ndarray | list[int], start: int) -> None:
+        if len(entries) == 1:
+            if entries[0] and crc32c(target) != entries[0] >> 32:
+                raise self._damaged(start, entries[0] & PHYSICAL_MASK)
+            return
         found = list(block_crcs(target))
         wanted = (entries >> 32).tolist()
         if found != wanted:

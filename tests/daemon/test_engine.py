@@ -9,10 +9,12 @@ import pytest
 import trio
 
 from simsr.daemon.engine import Disk, Engine
+from simsr.daemon.gate import Gate
 from simsr.errors import NoSpace, StoreStopped
 from simsr.store.layout import Geometry
 from simsr.store.memory import MemoryDirectory
 from simsr.store.store import Create, Delete, Store
+from simsr.store.volume import ReadJob
 
 SMALL = Geometry(segment_blocks=64, record_blocks=4)
 DISK_BYTES = 4 << 20
@@ -257,3 +259,52 @@ async def test_cancelled_cold_reads_leave_no_pin():
                 nursery.start_soon(read, disk, n % 16 * 4096, 4096)
             await trio.lowlevel.checkpoint()
             nursery.cancel_scope.cancel()
+
+
+async def test_reads_without_a_task_end_before_a_closed_gate_is_empty_and_begin_only_where_nothing_has_to_be_waited_for():
+    async with engine_over(MemoryDirectory()) as rig:
+        disk = rig.disk(1)
+        await write(disk, 0, b"o" * 65536)
+        rig.directory.cold = True
+        views, answers = [memoryview(bytearray(4096)) for _ in range(40)], []
+        begun = [disk.read_soon([(n % 16 * 4096, view)], answers.append) for n, view in enumerate(views)]
+        assert begun == [True] * 16 + [False] * 24, "as many as there are threads for it"
+        gate = Gate()
+        gate.close([disk])
+        assert disk.under_way == 16 and not disk.read_soon([(0, views[16])], answers.append)
+        await gate.emptied()
+        assert answers == [[None]] * 16 and all(bytes(view) == b"o" * 4096 for view in views[:16])
+        gate.open()
+        assert disk.read_soon([(0, views[16]), (4096, views[17])], answers.append)
+        await wait_until(lambda: len(answers) == 17)
+        assert answers[16] == [None, None] and bytes(views[17]) == b"o" * 4096
+
+
+async def test_a_read_without_a_task_of_a_damaged_block():
+    async with engine_over(MemoryDirectory()) as rig:
+        disk = rig.disk(1)
+        await write(disk, 0, b"o" * 8192)
+        segment, position, _, _ = rig.store.volumes[1]._runs(rig.store.volumes[1]._entries(0, 2))[0]
+        rig.directory.flip(f"seg-{segment.slot:08d}", position + 10)
+        rig.directory.cold = True
+        views, answers = [memoryview(bytearray(4096)) for _ in range(2)], []
+        assert disk.read_soon([(0, views[0]), (4096, views[1])], answers.append)
+        await wait_until(lambda: answers)
+        assert "checksum" in str(answers[0][0]) and answers[0][1] is None and bytes(views[1]) == b"o" * 4096
+
+
+async def test_a_bug_in_a_read_without_a_task_fails_that_read_only(monkeypatch, caplog):
+    async with engine_over(MemoryDirectory()) as rig:
+        disk = rig.disk(1)
+        await write(disk, 0, b"o" * 4096)
+        monkeypatch.setattr(ReadJob, "run", lambda job: 1 // 0)
+        answers = []
+        assert disk.read_soon([(0, memoryview(bytearray(4096)))], answers.append)
+        await wait_until(lambda: answers)
+        assert isinstance(answers[0][0], ZeroDivisionError) and "not foreseen" in caplog.text
+
+
+async def wait_until(condition) -> None:
+    with trio.fail_after(TIMEOUT_S):
+        while not condition():
+            await trio.sleep(0.001)

@@ -54,6 +54,8 @@ class FakeDisk:
         self.content = bytearray(memoryview(_CONTENT)[:size_bytes])
         self.read_only = read_only
         self.cold: list[range] = []
+        self.soon: list[Callable[[], None]] | None = None  # cold reads without a task, which the test carries out; None: there are none
+        self.soon_error: Exception | None = None
         self.gate = trio.Event()  # cold reads and prefetches wait for it
         self.gate.set()
         self.write_gate = trio.Event()  # writes, if `write_limit` cuts a batch, wait for it
@@ -96,6 +98,19 @@ class FakeDisk:
             else:
                 view[:] = self.content[offset : offset + len(view)]
         return cold
+
+    def read_soon(self, batch: Sequence[tuple[int, memoryview]], done: Callable[[list[Exception | None]], None]) -> bool:
+        """Where ``soon`` is a list, the test has to call what lies there."""
+        if self.soon is None:
+            return False
+
+        def run() -> None:
+            for offset, view in batch:
+                view[:] = self.content[offset : offset + len(view)]
+            done([self.soon_error] * len(batch))
+
+        self.soon.append(run)
+        return True
 
     async def read_cold(self, batch: Sequence[tuple[int, memoryview]]) -> list[Exception | None]:
         total = sum(len(view) for _, view in batch)
