@@ -19,8 +19,8 @@ import numpy as np
 from crc32c import crc32c
 
 from simsr.errors import BadRequest, BlockDamaged, NotFound
-from simsr.store import layout
 from simsr.store.extent_map import ExtentMap
+from simsr.store.gather import Gather
 from simsr.store.layout import BLOCK, COUNT_MASK, HOLE, START_SHIFT, ZERO_BLOCK, ZERO_CRC, block_crcs
 from simsr.store.log import Log
 from simsr.store.node_table import Absent, NodeTable
@@ -32,7 +32,6 @@ __all__ = ["Volume", "ReadJob", "Write", "Fetched"]
 
 _BLOCK_SHIFT = 12
 _BLOCK_MASK = BLOCK - 1
-_ZERO_CRC_BYTES = ZERO_CRC.to_bytes(4, "little")
 _VECTOR_MIN = 8  # from this many blocks on numpy beats a loop
 
 Write = tuple[int, int, memoryview | None]
@@ -381,7 +380,7 @@ class Volume:
         still the same, so others may write meanwhile. Ranges must lie inside the volume. Raises `StoreStopped`, or
         `NoSpace` (what came before in the batch may have been written then).
         """
-        gather = _Gather(self)
+        gather = Gather(self.ident, self.map.family, self._log, self.apply)
         owned, leaf_shift = self.map.owned, self.map.bits + _BLOCK_SHIFT
         for index in range(start, len(batch)):
             offset, length, view = batch[index]
@@ -435,7 +434,7 @@ class Volume:
         return jobs
 
     def _write_edges(
-        self, gather: _Gather, offset: int, length: int, view: memoryview | None, fetched: Fetched | None
+        self, gather: Gather, offset: int, length: int, view: memoryview | None, fetched: Fetched | None
     ) -> bool:
         """Write a range that covers its first or last block in part. False: an old block is not in memory."""
         end = offset + length
@@ -517,84 +516,3 @@ class _NoLog:
 
     def room(self) -> tuple[int, int]:
         raise NotFound(kind="volume", name=self._ident)
-
-
-class _Gather:
-    """Collects what one record will hold, and emits it."""
-
-    __slots__ = ("volume", "extents", "crcs", "views", "blocks_left", "bytes_left")
-
-    def __init__(self, volume: Volume) -> None:
-        self.volume = volume
-        self._reset()
-
-    def _reset(self) -> None:
-        self.extents: list[int] = []
-        self.crcs = array("I")
-        self.views: list[memoryview] = []
-        self.blocks_left, record_bytes = self.volume._log.room()
-        self.bytes_left = min(record_bytes, layout.MAX_RECORD_BYTES) - layout.RECORD_BYTES - 24
-
-    def _make_room(self, blocks: int) -> None:
-        """Have room for one extent and at least one of ``blocks`` blocks, by emitting and rolling if need be."""
-        if self.bytes_left < 12 or (blocks and not self.blocks_left):
-            self.emit()
-            if self.bytes_left < 12 or (blocks and not self.blocks_left):
-                self.volume._log.roll()
-                self._reset()
-
-    def add_hole(self, block: int, count: int) -> None:
-        while count:
-            self._make_room(0)
-            part = min(count, COUNT_MASK)
-            self.extents.append(block << START_SHIFT | HOLE | part)
-            self.bytes_left -= 8
-            block, count = block + part, count - part
-
-    def add_block(self, block: int, view: memoryview) -> None:
-        crc = crc32c(view)
-        if crc == ZERO_CRC and bytes(view) == ZERO_BLOCK:
-            self.add_hole(block, 1)
-            return
-        if self.bytes_left < 12 or not self.blocks_left:
-            self._make_room(1)
-        self.extents.append(block << START_SHIFT | 1)
-        self.crcs.append(crc)
-        self.views.append(view)
-        self.blocks_left -= 1
-        self.bytes_left -= 12
-
-    def add_blocks(self, block: int, view: memoryview) -> None:
-        crcs = array("I", block_crcs(view))
-        if _ZERO_CRC_BYTES not in crcs.tobytes():
-            self._add_run(block, crcs, view)
-            return
-        begin = 0
-        for index, crc in enumerate(crcs):
-            if crc == ZERO_CRC:
-                self._add_run(block + begin, crcs[begin:index], view[begin * BLOCK : index * BLOCK])
-                self.add_block(block + index, view[index * BLOCK : (index + 1) * BLOCK])
-                begin = index + 1
-        self._add_run(block + begin, crcs[begin:], view[begin * BLOCK :])
-
-    def _add_run(self, block: int, crcs: array, view: memoryview) -> None:
-        done = 0
-        while done < len(crcs):
-            self._make_room(1)
-            count = min(len(crcs) - done, self.blocks_left, (self.bytes_left - 8) // 4, COUNT_MASK)
-            self.extents.append(block + done << START_SHIFT | count)
-            self.crcs += crcs[done : done + count]
-            self.views.append(view[done * BLOCK : (done + count) * BLOCK])
-            self.blocks_left -= count
-            self.bytes_left -= 8 + 4 * count
-            done += count
-
-    def emit(self) -> None:
-        if self.extents:
-            volume = self.volume
-            payload = layout.pack_extents(self.extents, self.crcs, volume.map.family)
-            physical = volume._log.append(
-                layout.EXTENTS, volume.ident, payload, self.views, len(self.crcs)
-            )
-            volume.apply(self.extents, self.crcs, physical)
-        self._reset()
