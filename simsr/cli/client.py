@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from simsr.cli.failures import DaemonAnswer
+from simsr.cli.interrupts import interrupts_later
 from simsr.cli.remote import FINGERPRINT_VARIABLE, connect, is_remote
 from simsr.errors import BadRequest, DaemonUnreachable, NotFound
 
@@ -148,7 +149,8 @@ class Client:
     def _connected(self) -> httpx.Client:
         if self._http is None:
             transport, url, headers = self._transport()
-            import httpx
+            with interrupts_later():  # who ends us asks the daemon for something, and must not find half of a module
+                import httpx
 
             self._http = httpx.Client(
                 transport=transport, base_url=url, headers=headers, trust_env=False,
@@ -161,7 +163,8 @@ class Client:
         if is_remote(self.socket_path):
             return connect(self.socket_path, CONNECT_TIMEOUT_S)
         self._try_socket()
-        import httpx
+        with interrupts_later():
+            import httpx
 
         # No TLS on a unix socket; verify=False spares loading the certificates of the web, 30 ms.
         return httpx.HTTPTransport(uds=self.socket_path, verify=False), "http://simsrd", {}

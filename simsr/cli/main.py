@@ -34,8 +34,14 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def _run(words: list[str]) -> int:
     import signal
 
+    # A KeyboardInterrupt in the middle of an import can be lost there, or leave half a module: until all is there Ctrl-C just ends us.
+    interrupted = signal.getsignal(signal.SIGINT)
+    if interrupted is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from simsr.cli.app import app
     from simsr.cli.client import Session
 
+    signal.signal(signal.SIGINT, interrupted)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -44,8 +50,6 @@ def _run(words: list[str]) -> int:
             signal.signal(number, lambda received, frame: sys.exit(128 + received))
     session = Session()
     try:
-        from simsr.cli.app import app
-
         return int(app(words, prog_name="simsr", standalone_mode=False, obj=session) or 0)
     except BrokenPipeError:
         raise

@@ -27,6 +27,8 @@ __all__ = ["scenario_commands", "fault_commands", "read_scenario"]
 
 POLL_S = 0.5
 
+TEXT_MAX = 1 << 20  # the daemon takes no more
+
 scenario_commands = typer.Typer(help="Check, run, watch and stop scenarios.")
 fault_commands = typer.Typer(help="Add and remove single faults while disks are in use.")
 
@@ -41,7 +43,9 @@ def read_scenario(file: str) -> dict[str, Any]:
         return {"text": library_text(file), "source": file, "directory": os.getcwd()}
     try:
         with open(file, encoding="utf-8") as stream:
-            text = stream.read()
+            text = stream.read(TEXT_MAX + 1)
+        if len(text) > TEXT_MAX:  # a disk image, by mistake
+            raise BadScenario(source=file, where="its text", reason=f"it is longer than {TEXT_MAX} characters")
     except OSError as error:
         raise FileFailure(action="read", path=file, reason=error.strerror or str(error)) from None
     except UnicodeDecodeError:

@@ -12,7 +12,7 @@ __all__ = ["xapi_commands"]
 
 xapi_commands = typer.Typer(help="Serve a model of xapi.")
 
-_SERVER = [sys.executable, "-P", "-m", "simsr.xapi.main"]
+_SERVER = [sys.executable, "-P", "-m", "simsr.xapi"]
 _ANYTHING = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 
 

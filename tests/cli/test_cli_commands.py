@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from urllib.parse import parse_qs, urlsplit
@@ -394,6 +395,26 @@ def test_what_is_empty_or_without_effect_is_refused_by_its_name(simsr, daemon, w
     done = simsr(*words)
     assert (done.status, done.out, daemon.requests) == (status, "", [])
     assert message in done.err.splitlines()[0]
+
+
+INTERRUPTED_IMPORT = """
+import signal, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == sys.argv[1]:
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+from simsr.cli.main import main
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize(("module", "statuses"), [("typer", [-signal.SIGINT]), ("httpcore", [130])])
+def test_ctrl_c_in_the_middle_of_an_import(daemon, disk, tmp_path, module, statuses):
+    """Python can lose it there, or leave half a module to what asks the daemon to end the recording."""
+    command = [sys.executable, "-c", INTERRUPTED_IMPORT, module, "record", "root", str(tmp_path / "trace")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode in statuses and done.stderr == ""
 
 
 def test_a_name_that_is_none_does_not_fill_the_screen(simsr, daemon):

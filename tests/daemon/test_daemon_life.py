@@ -100,6 +100,14 @@ def test_a_root_without_a_name():
     assert refused("--root", "").startswith("simsrd: --root '' is not valid")
 
 
+@pytest.mark.parametrize("package", ["simsr.daemon", "simsr.xapi"])
+def test_ctrl_c_while_everything_is_being_imported(package):
+    finder = "import runpy, signal, sys\nclass Finder:\n    find_spec = lambda self, name, *_: signal.raise_signal(signal.SIGINT) if name == 'trio' else None"
+    script = f"{finder}\nsys.meta_path.insert(0, Finder())\nrunpy.run_module('{package}', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
 def test_a_socket_in_a_directory_that_is_not_there(root, folder):
     assert f"{folder}/missing/s" in refused("--root", root, "--socket", f"{folder}/missing/s")
 
