@@ -3,7 +3,7 @@
 The docstring of a class is its message template; keyword arguments fill it in and stay available as
 ``details``. Class attributes say how each face of simsr shows the error: the exit status of the command line,
 the errno of an NBD reply, the fault number of a SMAPIv1 answer (``spec: sm's error table``), the XenAPI code and
-the HTTP status. ``hint`` tells the reader what to do next.
+the HTTP status. ``hint`` tells the reader what to do next; who raises an error may know better than its class.
 
 Fault 38 means "not supported, nothing was touched" and only that: xapi answers it by destroying the disk and
 cloning the snapshot, so no run-time failure may ever carry it.
@@ -79,8 +79,9 @@ class SimsrError(Exception):
     http_status = 500
     hint = ""
 
-    def __init__(self, **details: object) -> None:
+    def __init__(self, *, hint: str = "", **details: object) -> None:
         self.details = details
+        self.hint = hint or self.hint
         message = " ".join((type(self).__doc__ or "").split())
         super().__init__(message.format(**details))
 
@@ -458,10 +459,6 @@ class BadScenario(BadRequest):
 
     exit_code = 40
 
-    def __init__(self, hint: str = "", **details: object) -> None:
-        super().__init__(**details)
-        self.hint = hint or self.hint
-
 
 class ScenarioRunning(SimsrError):
     """scenario {name!r} is running"""
@@ -511,20 +508,12 @@ class BadTrace(BadRequest):
     exit_code = 41
     hint = "Name the right format, or repair or cut the trace there."
 
-    def __init__(self, hint: str = "", **details: object) -> None:
-        super().__init__(**details)
-        self.hint = hint or self.hint
-
 
 class CannotExplore(SimsrError):
     """cannot explore crash states of {what}: {reason}"""
 
     exit_code = 55
     http_status = 409
-
-    def __init__(self, hint: str = "", **details: object) -> None:
-        super().__init__(**details)
-        self.hint = hint or self.hint
 
 
 class RecordingRunning(SimsrError):
@@ -550,10 +539,6 @@ class UnknownPersonality(BadRequest):
     sm_fault = 91
     xenapi_code = "SR_BACKEND_FAILURE_91"
 
-    def __init__(self, hint: str = "", **details: object) -> None:
-        super().__init__(**details)
-        self.hint = hint or self.hint
-
 
 class SnapshotChainTooLong(SimsrError):
     """cannot {operation} VDI {uuid}: its chain has {length} images already, and SRs like {personality} take no more"""
@@ -571,10 +556,6 @@ class InstallRefused(SimsrError):
 
     exit_code = 46
     http_status = 409
-
-    def __init__(self, hint: str = "", **details: object) -> None:
-        super().__init__(**details)
-        self.hint = hint or self.hint
 
 
 class MountFailed(SimsrError):

@@ -31,9 +31,8 @@ class DaemonAnswer(SimsrError):
 class FileFailure(SimsrError):
     """cannot {action} {path}: {reason}"""
 
-    def __init__(self, hint: str = "", **details: object) -> None:
-        super().__init__(**{**details, "path": details["path"] or "''"})
-        self.hint = hint
+    def __init__(self, *, path: object, **details: object) -> None:
+        super().__init__(path=path or "''", **details)
 
 
 class ExpectationsBroken(SimsrError):
@@ -46,10 +45,6 @@ class ToolMissing(SimsrError):
     """{tool} is not installed, and {action} needs it"""
 
     hint = "On Debian and Ubuntu: apt-get install qemu-utils"
-
-    def __init__(self, hint: str = "", **details: object) -> None:
-        super().__init__(**details)
-        self.hint = hint or self.hint
 
 
 class StartFailed(SimsrError):

@@ -12,13 +12,12 @@ import os
 import re
 from time import monotonic
 from typing import Annotated, Any
-from urllib.parse import unquote
 
 import trio
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -29,6 +28,7 @@ from simsr.daemon.api_history import history_router
 from simsr.daemon.api_mounts import mounts_router
 from simsr.daemon.api_metrics import metrics_router
 from simsr.daemon.api_nbd import nbd_router
+from simsr.daemon.api_parts import Body, Reference, timed
 from simsr.daemon.api_personality import personality_router
 from simsr.daemon.api_scenario import ControlGate, scenario_router
 from simsr.daemon.api_scrub import scrub_router
@@ -50,19 +50,12 @@ log = logging.getLogger("simsr.api")
 Text = Annotated[str, Field(max_length=4096)]  # a limit makes pydantic refuse lone surrogates, too
 Label = Annotated[str, Field(max_length=TEXT_MAX)]
 ConfigText = Annotated[str, Field(max_length=SM_CONFIG_MAX)]
-Reference = Annotated[str, AfterValidator(unquote)]
 SizeBytes = Annotated[int, Field(gt=0, description="bytes; rounded up to a multiple of 512", examples=[1 << 30])]
 
 
 LimitBytes = Annotated[
     int, Field(ge=LIMIT_MIN_BYTES, lt=1 << 60, description="what the SR may take on the host's disk; without it: what there is")
 ]
-
-
-class Body(BaseModel):
-    """Fields that are not known are refused, so that a misspelling does not pass for a default."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class SrCreate(Body):
@@ -269,10 +262,6 @@ def _add_error_handlers(app: FastAPI) -> None:
         return error_answer(SimsrError(reason=f"an internal error ({type(error).__name__}); the daemon's log has more"))
 
 
-def _timed(response: Response, began: float) -> None:
-    response.headers["Server-Timing"] = f"store;dur={(trio.current_time() - began) * 1000:.3f}"
-
-
 def _given(body: BaseModel) -> dict[str, Any]:
     return {key: value for key, value in body.model_dump().items() if value is not None}
 
@@ -314,7 +303,7 @@ def _add_sr_routes(app: FastAPI, host: Host) -> None:
         began = trio.current_time()
         sm_config = check_sm_config(body.sm_config)
         mounted = await host.create_sr(body.name, body.uuid, body.description, sm_config, body.limit_bytes, body.personality)
-        _timed(response, began)
+        timed(response, began)
         return describe(mounted)
 
     @app.get("/v1/srs/{sr}", response_model=SrOut)
@@ -331,7 +320,7 @@ def _add_sr_routes(app: FastAPI, host: Host) -> None:
             raise SrExists(name=body.name)
         mounted.repository.update_self(**_given(body))
         await mounted.engine.flush()
-        _timed(response, began)
+        timed(response, began)
         return describe(mounted)
 
     @app.post("/v1/srs/{sr}/resize", response_model=SrOut)
@@ -342,7 +331,7 @@ def _add_sr_routes(app: FastAPI, host: Host) -> None:
         mounted.repository.resize_self(body.limit_bytes)
         mounted.engine.wake()
         await mounted.engine.flush()
-        _timed(response, began)
+        timed(response, began)
         return describe(mounted)
 
     @app.delete("/v1/srs/{sr}", status_code=204)
@@ -350,7 +339,7 @@ def _add_sr_routes(app: FastAPI, host: Host) -> None:
         """Delete an SR without VDIs."""
         began = trio.current_time()
         await host.delete_sr(sr)
-        _timed(response, began)
+        timed(response, began)
 
 
 def _describe_vdi(host: Host, vdi: Vdi) -> dict:
@@ -374,7 +363,7 @@ def _add_vdi_routes(app: FastAPI, host: Host) -> None:
         vdi = mounted.repository.create(**body.model_dump(exclude={"sr"}))
         host.added(vdi)
         await mounted.engine.flush()
-        _timed(response, began)
+        timed(response, began)
         return _describe_vdi(host, vdi)
 
     @app.get("/v1/vdis/{vdi}", response_model=VdiOut)
@@ -389,7 +378,7 @@ def _add_vdi_routes(app: FastAPI, host: Host) -> None:
         mounted, found = host.find_vdi(vdi)
         await host.when_unused(found, lambda: mounted.repository.update(found, **_changes(body, found)))
         await mounted.engine.flush()
-        _timed(response, began)
+        timed(response, began)
         return _describe_vdi(host, found)
 
     @app.delete("/v1/vdis/{vdi}", status_code=204)
@@ -397,7 +386,7 @@ def _add_vdi_routes(app: FastAPI, host: Host) -> None:
         """Delete a VDI that nobody is attached to."""
         began = trio.current_time()
         await host.delete_vdi(*host.find_vdi(vdi))
-        _timed(response, began)
+        timed(response, began)
 
     @app.post("/v1/vdis/{vdi}/resize", response_model=VdiOut)
     async def resize_vdi(vdi: Reference, body: Resize, response: Response) -> dict:
@@ -406,7 +395,7 @@ def _add_vdi_routes(app: FastAPI, host: Host) -> None:
         mounted, found = host.find_vdi(vdi)
         mounted.repository.resize(found, body.size_bytes)
         await mounted.engine.flush()
-        _timed(response, began)
+        timed(response, began)
         return _describe_vdi(host, found)
 
     @app.post("/v1/vdis/{vdi}/attach", response_model=AttachOut)

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Annotated, Any
-from urllib.parse import unquote
 
 from fastapi import APIRouter
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
+from simsr.daemon.api_parts import Body, Reference
 from simsr.daemon.host import Host
 
 __all__ = ["crash_router"]
-
-Reference = Annotated[str, AfterValidator(unquote)]
-
-
-class Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class CrashLogBegin(Body):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal
-from urllib.parse import unquote
 
 import trio
 from fastapi import APIRouter, Response
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, Field
 
+from simsr.daemon.api_parts import Body, Reference, timed
 from simsr.daemon.host import Host, Mounted
 from simsr.daemon.reverting import Reverting
 from simsr.daemon.walks import Walks
@@ -21,15 +21,10 @@ from simsr.sr.vdi import Vdi
 
 __all__ = ["history_router"]
 
-Reference = Annotated[str, AfterValidator(unquote)]
 VmUuid = Annotated[str, AfterValidator(check_uuid)]
 Text = Annotated[str, Field(max_length=4096)]
 Label = Annotated[str, Field(max_length=TEXT_MAX)]
 Describe = Callable[[Host, Vdi], dict]
-
-
-class Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class Descend(Body):
@@ -152,10 +147,6 @@ class TreeOut(BaseModel):
     redo: list[StepOut]
 
 
-def _timed(response: Response, began: float) -> None:
-    response.headers["Server-Timing"] = f"store;dur={(trio.current_time() - began) * 1000:.3f}"
-
-
 def history_router(host: Host, walks: Walks, vdi_out: type[BaseModel], describe: Describe) -> APIRouter:
     """The routes, for one host. ``describe`` gives what a ``vdi_out`` holds."""
     router = APIRouter()
@@ -180,7 +171,7 @@ def _add_making(router: APIRouter, host: Host, vdi_out: type[BaseModel], describ
         mounted, found = host.find_vdi(vdi)
         new = mounted.repository.snapshot(found, **_refuse_taken(host, body))
         await mounted.engine.flush()
-        _timed(response, began)
+        timed(response, began)
         return describe(host, new)
 
     @router.post("/v1/vdis/{vdi}/clone", response_model=vdi_out, status_code=201)
@@ -191,7 +182,7 @@ def _add_making(router: APIRouter, host: Host, vdi_out: type[BaseModel], describ
         new = mounted.repository.clone(found, **_refuse_taken(host, body))
         host.added(new)
         await mounted.engine.flush()
-        _timed(response, began)
+        timed(response, began)
         return describe(host, new)
 
 
@@ -206,7 +197,7 @@ def _add_making_of_groups(router: APIRouter, host: Host, vdi_out: type[BaseModel
             raise BadRequest(what="the group", reason="its disks are in different SRs, which have no moment in common")
         new = mounted.repository.snapshot_group([vdi for _, vdi in found], name=name, vm=vm)
         await mounted.engine.flush()
-        _timed(response, began)
+        timed(response, began)
         return {"group": new[0].meta["group"]["id"], "snapshots": [describe(host, one) for one in new]}
 
     @router.post("/v1/snapshots", response_model=GroupOut, status_code=201)
@@ -265,7 +256,7 @@ def _add_reverting(router: APIRouter, host: Host, walks: Walks, describe: Descri
                 mounted, wishes, live=body.live, live_ms=body.live_ms, op_id=body.op_id, expected=body.expected, may_lose=body.may_lose
             )
             members = [_member(result) for result in results]
-            _timed(response, began)
+            timed(response, began)
         return answer(body, disk, results, members)
 
     @router.post("/v1/vdis/{vdi}/revert", response_model=ChangeOut)
@@ -383,5 +374,5 @@ def _add_looking(router: APIRouter, host: Host, vdi_out: type[BaseModel], descri
         mounted, tip = host.find_vdi(vdi)
         snapshot = mounted.repository.pin(tip, **(body.model_dump() if body else {}))
         await mounted.engine.flush()
-        _timed(response, began)
+        timed(response, began)
         return describe(host, snapshot)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
+from simsr.daemon.api_parts import Body
 from simsr.daemon.host import Host
 
 __all__ = ["mounts_router"]
@@ -14,17 +15,13 @@ __all__ = ["mounts_router"]
 Directory = Annotated[str, Field(min_length=1, max_length=4096, description="absolute path, as the daemon sees it")]
 
 
-class MountBody(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class MountBody(Body):
     path: Directory
     cache: str = Field("direct", description="direct: nothing is cached by the kernel; writeback: reads and writes are", max_length=20)
     shared: bool = Field(False, description="the daemon's group may read and write, too")
 
 
-class UnmountBody(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class UnmountBody(Body):
     path: Directory
     lazy: bool = Field(False, description="also if it is in use: open files fail from then on")
 

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from typing import Annotated
-from urllib.parse import unquote
 
 import trio
 from fastapi import APIRouter, Response
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
+from simsr.daemon.api_parts import Body, Reference, timed
 from simsr.daemon.host import Host
 from simsr.sr.nbd_terms import NbdTerms
 
 __all__ = ["nbd_router"]
 
-Reference = Annotated[str, AfterValidator(unquote)]
 Rule = Annotated[str, Field(max_length=256)]
 Limit = Annotated[int, Field(ge=0, le=1 << 53)]
 
 
-class NbdUpdate(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class NbdUpdate(Body):
     allow: list[Rule] | None = Field(None, max_length=64, description="uid:N, addr:ADDRESS[/BITS] or cn:NAME; empty: everybody")
     connections_max: Limit | None = Field(None, description="0: no limit")
     bytes_s: Limit | None = Field(None, description="read and written, a second; 0: no limit")
@@ -57,7 +54,7 @@ def nbd_router(host: Host) -> APIRouter:
         mounted.repository.set_nbd_terms(found, **given)
         host.nbd_exports.terms_changed(found)
         await mounted.engine.flush()
-        response.headers["Server-Timing"] = f"store;dur={(trio.current_time() - began) * 1000:.3f}"
+        timed(response, began)
         return NbdTerms.of(found.volume.meta).as_meta()
 
     return router

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-from urllib.parse import unquote
 
 from fastapi import APIRouter
-from pydantic import AfterValidator, BaseModel
+from pydantic import BaseModel
 
+from simsr.daemon.api_parts import Reference
 from simsr.personalities import find_personality, personality_names
 
 __all__ = ["personality_router"]
@@ -46,7 +45,7 @@ def personality_router() -> APIRouter:
         return [find_personality(name).describe() for name in personality_names()]
 
     @router.get("/v1/personalities/{personality}", response_model=PersonalityOut)
-    async def show_personality(personality: Annotated[str, AfterValidator(unquote)]) -> dict:
+    async def show_personality(personality: Reference) -> dict:
         """One of them."""
         return find_personality(personality).describe()
 

@@ -12,12 +12,13 @@ from urllib.parse import unquote
 import trio
 from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from starlette.datastructures import QueryParams
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from simsr.daemon import threads
 from simsr.daemon.answers import error_answer
+from simsr.daemon.api_parts import Body
 from simsr.daemon.host import Host
 from simsr.daemon.scenario_text import check_text, library_plans, library_text
 from simsr.errors import Ambiguous, NotFound, SimsrError
@@ -29,10 +30,6 @@ log = logging.getLogger("simsr.scenario")
 
 TEXT_MAX = 1 << 20
 _WATCH_S = 0.5
-
-
-class Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class ScenarioText(Body):

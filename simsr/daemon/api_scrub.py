@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from typing import Annotated
-from urllib.parse import unquote
 
 from fastapi import APIRouter
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
+from simsr.daemon.api_parts import Body, Reference
 from simsr.daemon.host import Host
 from simsr.daemon.scrubbing import RATE_BYTES_S, Scrubbing
 
 __all__ = ["scrub_router"]
 
-Reference = Annotated[str, AfterValidator(unquote)]
 
-
-class ScrubStart(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class ScrubStart(Body):
     rate_bytes_s: Annotated[int, Field(ge=1 << 16, le=1 << 50)] = Field(RATE_BYTES_S, description="bytes a second, at most")
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from typing import Annotated, Any
-from urllib.parse import unquote
 
 import trio
 from fastapi import APIRouter, Query, Response
-from pydantic import AfterValidator, BaseModel, Field
+from pydantic import BaseModel, Field
 
+from simsr.daemon.api_parts import Reference, timed
 from simsr.daemon.host import Host
 from simsr.daemon.walks import Walks
 from simsr.errors import BadRequest
@@ -24,8 +24,6 @@ __all__ = ["space_router"]
 RANGES_MAX = 100_000
 _RANGES_DEFAULT = 10_000
 _ENCODE_AT_ONCE = 256  # items of an answer, in one slice
-
-Reference = Annotated[str, AfterValidator(unquote)]
 
 
 class RangeOut(BaseModel):
@@ -70,11 +68,6 @@ async def _encoded(answer: dict[str, Any], key: str, items: list[Any], line: Cal
     return Response(b"".join([*parts, b"]}"]), media_type="application/json")
 
 
-def _timed(response: Response, began: float) -> Response:
-    response.headers["Server-Timing"] = f"store;dur={(trio.current_time() - began) * 1000:.3f}"
-    return response
-
-
 def space_router(host: Host, walks: Walks) -> APIRouter:
     """The routes, for one host."""
     router = APIRouter()
@@ -97,7 +90,7 @@ def space_router(host: Host, walks: Walks) -> APIRouter:
             "next_offset": diff.next_offset,
         }  # fmt: skip
         keys = ("offset", "length", "data")
-        return _timed(await _encoded(answer, "ranges", diff.ranges, lambda one: dict(zip(keys, one))), began)
+        return timed(await _encoded(answer, "ranges", diff.ranges, lambda one: dict(zip(keys, one))), began)
 
     @router.get("/v1/srs/{sr}/space", response_model=SpaceOut)
     async def show_space(sr: Reference) -> Response:
@@ -107,6 +100,6 @@ def space_router(host: Host, walks: Walks) -> APIRouter:
         repository = mounted.repository
         survey = await walks.run(mounted, repository.survey)
         answer = repository.describe_survey(survey)
-        return _timed(await _encoded(answer, "vdis", repository.vdis_of(survey), repository.describe_volume_space), began)
+        return timed(await _encoded(answer, "vdis", repository.vdis_of(survey), repository.describe_volume_space), began)
 
     return router

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 from typing import Annotated, Any, Literal
-from urllib.parse import unquote
 
 import trio
 from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from scenarios.schema import Replay
+from simsr.daemon.api_parts import Body, Reference
 from simsr.daemon.host import Host
 from simsr.daemon.load import DEPTH_MAX
 from simsr.daemon.recording import Recording
@@ -26,12 +26,7 @@ __all__ = ["traces_router", "TRACE_TYPE"]
 TRACE_TYPE = "application/vnd.simsr.trace"
 _TELL_S = 0.5
 
-Reference = Annotated[str, AfterValidator(unquote)]
 Seconds = Annotated[float, Field(gt=0, le=1e9)]
-
-
-class Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class RecordStart(Body):

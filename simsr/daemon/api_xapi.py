@@ -6,13 +6,13 @@ import json
 from base64 import b64encode
 from collections.abc import Callable
 from typing import Annotated, Literal
-from urllib.parse import unquote
 
 import trio
 from fastapi import APIRouter, Response
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from simsr.daemon import threads
+from simsr.daemon.api_parts import Body, Reference, timed
 from simsr.daemon.drafting import compose, destroy_data
 from simsr.daemon.host import Host
 from simsr.daemon.walks import Walks
@@ -21,12 +21,6 @@ from simsr.sr.vdi import Vdi
 from simsr.store.units import UNIT_BYTES
 
 __all__ = ["xapi_router"]
-
-Reference = Annotated[str, AfterValidator(unquote)]
-
-
-class Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class Epoch(Body):
@@ -47,11 +41,6 @@ class ChangedBlocksOut(BaseModel):
     bitmap: str = Field(description="base64; most significant bit first; 1: something in these 64 KiB has changed")
 
 
-def _timed(response: Response, began: float) -> Response:
-    response.headers["Server-Timing"] = f"store;dur={(trio.current_time() - began) * 1000:.3f}"
-    return response
-
-
 def xapi_router(host: Host, walks: Walks, vdi_out: type[BaseModel], describe: Callable[[Host, Vdi], dict]) -> APIRouter:
     """The routes, for one host. ``describe`` gives what a ``vdi_out`` holds."""
     router = APIRouter()
@@ -64,7 +53,7 @@ def xapi_router(host: Host, walks: Walks, vdi_out: type[BaseModel], describe: Ca
         if body.phase == "begin" and await host.when_unused(found, lambda: mounted.repository.begin_epoch(found)):
             await mounted.engine.flush()
             mounted.engine.wake()
-        _timed(response, began)
+        timed(response, began)
         return describe(host, found)
 
     @router.post("/v1/vdis/{vdi}/cbt", response_model=vdi_out)
@@ -74,7 +63,7 @@ def xapi_router(host: Host, walks: Walks, vdi_out: type[BaseModel], describe: Ca
         mounted, found = host.find_vdi(vdi)
         mounted.repository.set_cbt(found, body.enabled)
         await mounted.engine.flush()
-        _timed(response, began)
+        timed(response, began)
         return describe(host, found)
 
     @router.post("/v1/vdis/{vdi}/data_destroy", response_model=vdi_out)
@@ -83,7 +72,7 @@ def xapi_router(host: Host, walks: Walks, vdi_out: type[BaseModel], describe: Ca
         began = trio.current_time()
         mounted, found = host.find_vdi(vdi)
         await destroy_data(host, walks, mounted, found)
-        _timed(response, began)
+        timed(response, began)
         return describe(host, found)
 
     @router.post("/v1/vdis/{vdi}/compose", response_model=vdi_out)
@@ -94,7 +83,7 @@ def xapi_router(host: Host, walks: Walks, vdi_out: type[BaseModel], describe: Ca
         if found.sr != parent.sr:
             raise BadRequest(what=f"a composition of {found.uuid} and {parent.uuid}", reason="they are in different SRs")
         await compose(host, walks, mounted, found, parent)
-        _timed(response, began)
+        timed(response, began)
         return describe(host, found)
 
     @router.get("/v1/vdis/{vdi}/changed_blocks/{other}", response_model=ChangedBlocksOut)
@@ -110,6 +99,6 @@ def xapi_router(host: Host, walks: Walks, vdi_out: type[BaseModel], describe: Ca
         def encode() -> bytes:
             return b"".join((head, b', "bitmap": "', b64encode(walk.bitmap), b'"}'))
 
-        return _timed(Response(await threads.run_sync(encode), media_type="application/json"), began)
+        return timed(Response(await threads.run_sync(encode), media_type="application/json"), began)
 
     return router

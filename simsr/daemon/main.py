@@ -23,8 +23,9 @@ from simsr.daemon.api import make_app
 from simsr.daemon.host import Host
 from simsr.daemon.listeners import https_from, serve_https, serve_unix, split_address
 from simsr.daemon.mounts import CACHES
+from simsr.daemon.service import run_service
 from simsr.daemon.systemd import listen_fds, notify
-from simsr.errors import BadRequest, SimsrError
+from simsr.errors import BadRequest
 from simsr.units import format_size, parse_size
 
 __all__ = ["main"]
@@ -223,32 +224,15 @@ def _give_large_blocks_back() -> None:
         mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
 
 
-def _first_error(group: BaseExceptionGroup) -> BaseException:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
-
-
 def main() -> None:
     """Entry of ``simsrd``: exit status 0 after a clean stop, the error's own otherwise."""
     arguments = _parser().parse_args()
-    logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     _give_large_blocks_back()
     gc.set_threshold(*GC_THRESHOLDS)
-    os.umask(0o077)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    status = 0
-    try:
-        trio.run(_serve, arguments)
-    except* (SimsrError, OSError) as group:  # which must not be left by sys.exit: it would come out wrapped in a group
-        error = _first_error(group)
-        hint = f"\nHint: {error.hint}" if isinstance(error, SimsrError) and error.hint else ""
-        print(f"simsrd: {error}{hint}", file=sys.stderr)
-        status = getattr(error, "exit_code", 1)
-    sys.exit(status)
+    run_service("simsrd", _serve, arguments)
 
 
 if __name__ == "__main__":

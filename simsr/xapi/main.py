@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import logging
 import os
 import signal
 import socket
 import stat
-import sys
 
 import trio
 
-from simsr.errors import BadRequest, SimsrError
+from simsr.daemon.service import run_service
+from simsr.errors import BadRequest
 from simsr.xapi.model import FIDELITIES, Model, Settings
 from simsr.xapi.server import serve_http
 from simsr.xapi.storage import driver_directory
@@ -154,19 +153,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
 def main() -> None:
     """Entry: exit status 0 after a clean stop, the error's own otherwise."""
     arguments = _parser().parse_args()
-    logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    os.umask(0o077)
-    status = 0
-    try:
-        trio.run(_serve, arguments)
-    except* (SimsrError, OSError) as group:  # which must not be left by sys.exit: it would come out wrapped in a group
-        error: BaseException = group
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        hint = f"\nHint: {error.hint}" if isinstance(error, SimsrError) and error.hint else ""
-        print(f"simsr xapi: {error}{hint}", file=sys.stderr)
-        status = getattr(error, "exit_code", 1)
-    sys.exit(status)
+    run_service("simsr xapi", _serve, arguments)
 
 
 if __name__ == "__main__":
