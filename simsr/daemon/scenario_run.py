@@ -36,6 +36,7 @@ from simsr.daemon.loads import Loads, Reach
 from simsr.daemon.recording import script
 from simsr.daemon.scripted import ScriptedDisk, UnderWay
 from simsr.daemon.trace_files import TraceFiles
+from simsr.errors import NotFound, SimsrError
 from simsr.sr.vdi import Vdi
 from simsr.store.store import Create, Delete, Op, Reset, Resize
 
@@ -315,8 +316,13 @@ class ScenarioRun:
             draws = Draws(details["seed"], details["rule"], attached.rules.key, "cut", details["number"])
             async with attached.lock:
                 pieces = attached.cache.cut(details["keep"], draws, details["torn"], details["order"])
-                await self._store(attached.vdi, pieces)
-            log.info("power cut of VDI %s: %d pieces differ", name, len(pieces))
+                try:
+                    await self._store(attached.vdi, pieces)
+                    log.info("power cut of VDI %s: %d pieces differ", name, len(pieces))
+                except NotFound:
+                    pass  # it was deleted: nobody will ask what it has lost
+                except (SimsrError, OSError) as error:
+                    log.error("power cut of VDI %s: what it loses is there still, in part or wholly: %s", name, error)
         self.cuts += 1
 
     async def _store(self, vdi: Vdi, pieces: list[tuple[int, bytes]]) -> None:
@@ -382,6 +388,7 @@ class ScenarioRun:
     def reset(self) -> dict[str, Any]:
         """End all rules and phases, heal all damage, let everybody go on."""
         decided = self.engine.reset(current_ns())
+        self._layers.clear()
         self.obey()
         self._measure_no_more()
         return _in_force(None, decided)

@@ -12,7 +12,7 @@ from trio.testing import MockClock
 
 from nbd_export.disk import Dropped
 from simsr.daemon.theatre import Theatre
-from simsr.errors import BadTrace, DaemonStopping, NotFound
+from simsr.errors import BadTrace, DaemonStopping, NoSpace, NotFound
 from simsr.sr.vdi import Tip
 from simsr.store.store import Create, Reset
 
@@ -229,6 +229,19 @@ class TestDamageAndHistory:
             for clone, disk in zip(clones, disks):
                 here.play.detach(clone, disk)
 
+    async def test_a_reset_heals_snapshots_and_clones_too(self, autojump_clock):
+        """Those that nobody had attached kept their damage (found by the simulation)."""
+        async with stage(self.TORN) as here:
+            assert await self.damaged(here) == b"a"
+            here.play.committed("sr", [Create(7, SIZE, {}, 1)])
+            here.play.reset()
+            snapshot = SimpleNamespace(**{**vars(here.vdis["one"]), "uuid": "uuid-7", "volume": SimpleNamespace(ident=7, meta={})})
+            here.play.attach(snapshot, disk := RamDisk(here.disks["one"].content))
+            assert here["one"] is None and disk.scripted is None
+            here.play.committed("sr", [Reset(1, 7)])
+            assert here["one"] is None, "and nothing comes back with a revert"
+            here.play.detach(snapshot, disk)
+
     async def test_it_goes_into_a_snapshot_and_comes_back_with_a_revert(self, autojump_clock):
         async with stage(self.TORN) as here:
             assert await self.damaged(here) == b"a", "the second write is lost"
@@ -314,6 +327,20 @@ class TestPowerCut:
             below.write, below.write_rest = lambda batch: 0, write_rest
             await self.cut(here, disk)
             assert not any(below.content) and here.play.cuts == 1
+
+    async def test_what_cannot_be_written_is_not_lost_and_the_scenario_goes_on(self, autojump_clock):
+        """The SR is full, say."""
+        async with stage(self.CUT.format(nth=2, keep='"none"')) as here:
+            disk, below = here["one"], here.disks["one"]
+            await disk.write("write", 0, 512, b"a" * 512, False)
+
+            def full(batch):
+                raise NoSpace(name="sr", reason="no segment is left")
+
+            below.write = full
+            await self.cut(here, disk)
+            here.play.remove_rule("cut")
+            assert bytes(await disk.read(0, 512)) == b"a" * 512 and here.play.cuts == 1
 
     async def test_a_client_whose_writes_are_stable_loses_none(self, autojump_clock):
         text = '[profile.p]\ndurability = "each-write"\n' + self.CUT.format(nth=2, keep='"none"')

@@ -189,6 +189,23 @@ def test_a_power_cut_loses_what_was_not_flushed(api, vdi):
         assert client.pread(12288, 0) == b"f" * 4096 + bytes(8192)
 
 
+def test_a_power_cut_passes_over_a_disk_that_was_deleted(shared, api, vdi):
+    """What had not been flushed to it cannot be lost any more (found by the simulation: it ended the daemon)."""
+    gone = api.post("/v1/vdis", json={"size_bytes": MIB, "name": "gone"}).json()
+    start(api, '[[rule]]\nmatch = { op = "flush" }\naction = { power_cut = { keep = "none", scope = "host" } }\n')
+    with connected(gone) as client:
+        client.pwrite(b"g" * 4096, 0)
+    shared.wait_for_connections(0)
+    assert api.delete(f"/v1/vdis/{gone['uuid']}").is_success
+    with connected(vdi) as client:
+        client.pwrite(b"u" * 4096, 0)
+        with pytest.raises(nbd.Error):
+            client.flush()
+    assert api.delete("/v1/scenario").json()["power_cuts"] == 1
+    with connected(vdi) as client:
+        assert client.pread(4096, 0) == bytes(4096)
+
+
 @pytest.mark.parametrize("kind", ["qemu", "kernel"])
 def test_rules_for_a_kind_of_client(api, vdi, kind):
     add(api, "picky", match={"op": "read", "vdi": vdi["uuid"], "client": [kind]}, action={"error": "EIO"})
