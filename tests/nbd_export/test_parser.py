@@ -8,10 +8,10 @@ import struct
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nbd_wire import request
+from nbd_wire import extended_request, request
 
 from nbd_export import constants as c
-from nbd_export.transmission import PIECE_BYTES, ProtocolError, Request, RequestParser
+from nbd_export.transmission import PIECE_BYTES, ExtendedRequestParser, ProtocolError, Request, RequestParser
 
 DISK_BYTES = 1 << 40
 KIB, MIB = 1 << 10, 1 << 20
@@ -193,6 +193,22 @@ def test_a_write_that_ends_beyond_the_disk_comes_whole():
     collector = Collector()
     collector.feed(stream + MIXED)
     assert collector.whole == whole(stream + MIXED) and not collector.pieces
+
+
+def test_a_write_with_extended_headers_that_ends_beyond_the_disk_comes_whole():
+    parser = ExtendedRequestParser(DISK_BYTES)
+    for offset, is_whole in ((DISK_BYTES - MIB, False), (DISK_BYTES - MIB + 512, True)):
+        payload = random_bytes(7, MIB)
+        view, taken = memoryview(extended_request(c.NBD_CMD_WRITE, 1, offset, payload=payload)), []
+        while view:
+            space = parser.space()
+            count = min(len(space), len(view))
+            space[:count] = view[:count]
+            parser.received(count)
+            view = view[count:]
+            taken += [(one.offset, bytes(one.payload), one.final) for one in parser.requests()]
+        assert b"".join(piece for _, piece, _ in taken) == payload and (len(taken) == 1) == is_whole
+        assert taken[0][0] == offset and [final for *_, final in taken] == [False] * (len(taken) - 1) + [True]
 
 
 def test_a_write_up_to_the_very_end_may_come_in_pieces():

@@ -305,6 +305,15 @@ def test_whose_data_is_not_destroyed(sr, tracked, disk):
                 Destruction(sr, vdi)
 
 
+def test_nothing_is_reverted_to_a_snapshot_without_data(sr, tracked):
+    snapshot = sr.snapshot(tracked)
+    put(tracked, 0, b"later")
+    destroy(sr, snapshot)
+    for mode in ("reset", "commit"):
+        with unchanged(sr), pytest.raises(WrongKind, match=snapshot.uuid):
+            sr.wishes.one(snapshot, mode)
+
+
 def test_a_volume_that_goes_while_it_is_compared(sr, tracked):
     """A walk shows the moment when it began, also of the table of a snapshot that is deleted meanwhile."""
     snapshot = sr.snapshot(tracked)

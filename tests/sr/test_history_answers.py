@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from history_kit import drawn, go, redo, tips, undo
+from history_kit import drawn, follow, go, go_together, redo, tips, undo
 from sr_kit import BLOCK, World, check, content, fill, unchanged
-from test_history_invariants import OPERATIONS, branchy, operate
+from test_history_invariants import OPERATIONS, branchy, group_of, operate
 
-from simsr.errors import BadRequest
+from simsr.errors import BadRequest, SnapshotOfOther
 from simsr.sr.history import Wish
 
 
@@ -129,3 +129,34 @@ def test_how_much_can_be_kept(setting, most):
     sr.update_self(**{setting: most})
     with unchanged(sr), pytest.raises(BadRequest, match=str(most)):
         sr.update_self(**{setting: most + 1})
+
+
+@pytest.mark.parametrize("keep_size", [False, True])
+def test_a_group_takes_its_disks_to_their_sizes_unless_they_are_to_keep_theirs(keep_size):
+    _, sr, disks, taken, held = group_of(2)
+    sr.resize(disks[0], disks[0].size_bytes + BLOCK)
+    results = go_together(sr, taken[0], keep_size=True) if keep_size else go_together(sr, taken[0])
+    assert [result.size_changed for result in results] == [not keep_size, False]
+    assert [content(disk) for disk in disks] == [held[0] + bytes(BLOCK) * keep_size, held[1]]
+
+
+def test_a_tip_is_followed_by_its_own_disk_only():
+    _, sr, disk, nodes = branchy()
+    [tip], clone = tips(sr, disk), sr.clone(nodes["c"])
+    with unchanged(sr), pytest.raises(SnapshotOfOther) as caught:
+        follow(sr, tip, target=clone.uuid)
+    assert caught.value.details == {"snapshot": tip.uuid, "origin": disk.uuid, "target": clone.uuid}
+    assert follow(sr, tip, target=disk.uuid).changed
+
+
+def test_a_snapshot_never_becomes_another():
+    """A snapshot of a snapshot can be "reverted to" where that is nothing, and never committed."""
+    _, sr, disk, nodes = branchy()
+    second = sr.snapshot(nodes["c"])
+    with unchanged(sr):
+        assert not go(sr, second).changed
+        with pytest.raises(SnapshotOfOther):
+            go(sr, second, "commit")
+        for mode in ("reset", "commit"):
+            with pytest.raises(SnapshotOfOther):
+                go(sr, second, mode, target=nodes["b"].uuid)

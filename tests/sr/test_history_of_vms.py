@@ -119,3 +119,16 @@ def test_a_revert_to_something_else_is_not_taken_back_with_them(sr):
     go(sr, taken[1])
     assert [result.vdi for result in take_back(sr)] == [disks[1]]
     assert [result.vdi for result in take_back(sr)] == [disks[0]], "which was the last thing done to the VM then"
+
+
+def test_a_disk_that_was_deleted_since_is_none_of_the_vm(sr):
+    disks, taken = vm_of(sr, 2)
+    left = content(disks[1])
+    for snapshot in taken:
+        go(sr, snapshot)
+    sr.delete(disks[0])
+    assert sr.wishes.disks_of_vm(VM) == [disks[1]]
+    assert [result.vdi for result in take_back(sr)] == [disks[1]] and content(disks[1]) == left
+    sr.delete(disks[1])
+    with pytest.raises(NoVmSnapshots):
+        sr.wishes.disks_of_vm(VM)
