@@ -1,5 +1,6 @@
 """The loader: what makes no sense is refused with the place, the reason and a way out; what makes sense is taken."""
 
+import re
 import tomllib
 from unittest import mock
 
@@ -215,11 +216,12 @@ def test_places_are_named_with_their_line():
 
 
 @pytest.mark.parametrize(
-    "text, where", [("x = ", "line 1, column 5"), ("[a", "line 1"), ('a = "\n', "line 1"), ("a = 1\na = 2\n", "line 2")]
+    "text, where",
+    [("x = ", "(line 1, column 5|end of document)"), ("[a", "(line 1|end of document)"), ('a = "\n', "line 1"), ("a = 1\na = 2\n", "line 2")],
 )
 def test_not_toml(text, where):
     error = refused(text)
-    assert "not TOML" in str(error) and where in error.details["where"] or "end" in error.details["where"]
+    assert "not TOML" in str(error) and re.match(where, error.details["where"])
 
 
 @pytest.mark.parametrize(
