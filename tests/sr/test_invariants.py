@@ -184,21 +184,28 @@ GIB, TIB = 1 << 30, 1 << 40
 MANY = 10_000
 
 
-@pytest.mark.parametrize("operation", ["revert", "snapshot", "clone", "delete"])
-def test_inv09_cost(operation):
-    """One record, no data, no map node, and the very same calls for 1 GiB and 2 TiB, for 1 snapshot and 10 000."""
-    costs = {}
+@pytest.fixture(scope="module")
+def costs():
+    """{(size in bytes, number of snapshots): {operation: its cost}}, one after the other on the same disk."""
+    found = {}
     for size_bytes, snapshots in ((GIB, 1), (2 * TIB, 1), (GIB, MANY), (2 * TIB, MANY)):
         world, disk, snapshot = sparse(size_bytes, snapshots)
         sr = world.repository
-        act = {
-            "revert": lambda: sr.revert(snapshot), "snapshot": lambda: sr.snapshot(disk), "clone": lambda: sr.clone(snapshot),
-            "delete": lambda: sr.delete(disk),
-        }[operation]  # fmt: skip
-        found = costs[size_bytes, snapshots] = cost(world, act)
+        found[size_bytes, snapshots] = {
+            "revert": cost(world, lambda: sr.revert(snapshot)), "snapshot": cost(world, lambda: sr.snapshot(disk)),
+            "clone": cost(world, lambda: sr.clone(snapshot)), "delete": cost(world, lambda: sr.delete(disk)),
+        }  # fmt: skip
+    return found
+
+
+@pytest.mark.parametrize("operation", ["revert", "snapshot", "clone", "delete"])
+def test_inv09_cost(costs, operation):
+    """One record, no data, no map node, and the very same calls for 1 GiB and 2 TiB, for 1 snapshot and 10 000."""
+    assert len(costs) == 4
+    first = costs[GIB, 1][operation]["calls"]
+    for what, each in costs.items():
+        found = each[operation]
         assert (found["records"], found["blocks"], found["nodes"], found["steps"]) == (1, 0, 0, 1)
-    first = costs[GIB, 1]["calls"]
-    for what, found in costs.items():
         calls = found["calls"]
         heights = {"ExtentMap.grow", "ExtentMap.forget", "ExtentMap.forget_owned", "NodeTable.empty_later"}  # one for each level
         differing = {name: (first[name], calls[name]) for name in calls | first if first[name] != calls[name]}

@@ -141,12 +141,16 @@ class Crash:
 
         directory.on_step = on_step
         Store.open(directory, some_memory(self.sampler))
+        found: dict[int, int] = {}  # by the content of all files: the last record; every other survivor is like an earlier one
         for index, (what, survivor) in enumerate(survivors):
             try:
-                store = Store.open(survivor)
-                assert store.log.seq == seq or (index % 2 and store.log.seq < seq)
-                self.witness.compare(store)
-                store._check()
+                content = hash(tuple(survivor.images()))
+                if content not in found:
+                    store = Store.open(survivor)
+                    found[content] = store.log.seq
+                    self.witness.compare(store)
+                    store._check()
+                assert found[content] == seq or (index % 2 and found[content] < seq)
             except BaseException as error:
                 error.add_note(f"second crash, before step {what!r} of recovery, {'cut' if index % 2 else 'kill'}")
                 raise
