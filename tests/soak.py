@@ -29,7 +29,7 @@ from pathlib import Path
 import httpx
 
 _TESTS = Path(__file__).parent
-sys.path[:0] = [str(_TESTS.parent), str(_TESTS / "daemon"), str(_TESTS / "nbd_export")]
+sys.path[:0] = [str(_TESTS.parent), str(_TESTS / "nbd_export")]
 
 from daemon_tools import Simsrd  # noqa: E402
 from soak_model import BLOCK, Family, Layout, live_blocks  # noqa: E402

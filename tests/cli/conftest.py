@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import daemon_tools
 import pytest
 from cli_fake_daemon import FakeDaemon
 from cli_kit import Outcome, wait_until
@@ -33,9 +32,8 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def short_directory() -> Iterator[Path]:
     """A directory whose path leaves room for the names of unix sockets, which pytest's own may not."""
-    directory = Path(tempfile.mkdtemp(prefix="simsr-", dir="/tmp"))
-    yield directory
-    shutil.rmtree(directory)
+    with daemon_tools.short_directory() as directory:
+        yield Path(directory)
 
 
 @pytest.fixture
@@ -46,6 +44,13 @@ def daemon(short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[F
     fake.start()
     yield fake
     fake.stop()
+
+
+@pytest.fixture(scope="module")
+def real() -> Iterator[daemon_tools.Simsrd]:
+    """A real daemon without any SR, the same for all tests of a file; it has to end well."""
+    with daemon_tools.running_simsrd() as simsrd:
+        yield simsrd
 
 
 @pytest.fixture

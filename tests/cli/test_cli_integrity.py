@@ -6,18 +6,15 @@ import json
 import os
 import pty
 import random
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from cli_kit import wait_until
-
-from simsr.cli.child_daemon import ChildDaemon
+from daemon_tools import Simsrd, short_directory
 
 ROOT = Path(__file__).parents[2]
 MIB = 2**20
@@ -38,21 +35,19 @@ def pattern(tmp_path_factory) -> Iterator[tuple[Path, dict[str, str]]]:
     raw = tmp_path_factory.mktemp("raw") / "raw"
     raw.write_bytes(DATA)
     os.truncate(raw, 64 * MIB)
-    directory = Path(tempfile.mkdtemp(prefix="simsr-", dir="/tmp"))
-    with ChildDaemon(str(directory / "root")) as daemon:
+    with short_directory() as directory:
+        with Simsrd(f"{directory}/root") as daemon:
 
-        def simsr(*words: str) -> str:
-            command = [sys.executable, "-m", "simsr.cli.main", "--socket", daemon.socket, *words]
-            return subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+            def simsr(*words: str) -> str:
+                command = [sys.executable, "-m", "simsr.cli.main", "--socket", daemon.socket, *words]
+                return subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout.strip()
 
-        uuids = {
-            "sr": simsr("sr", "create", "main", "--size", "64MiB"),  # small segments are made quickly
-            "vdi": simsr("import", str(raw), "--name", "root"),
-            "snapshot": simsr("snapshot", "root", "--name", "clean"),
-        }
-        assert daemon.stop() == 0
-    yield directory / "root", uuids
-    shutil.rmtree(directory)
+            uuids = {
+                "sr": simsr("sr", "create", "main", "--size", "64MiB"),  # small segments are made quickly
+                "vdi": simsr("import", str(raw), "--name", "root"),
+                "snapshot": simsr("snapshot", "root", "--name", "clean"),
+            }
+        yield Path(directory, "root"), uuids
 
 
 @pytest.fixture
@@ -121,7 +116,7 @@ def test_check_of_leaks(simsr, root, filled):
 
 
 def test_check_that_cannot_be_done(simsr, root, filled, tmp_path):
-    with ChildDaemon(str(root)):
+    with Simsrd(root):
         outcome = simsr("check", str(root))
         assert outcome.status == 1 and "in use by another process" in outcome.err and outcome.out == ""
     for directory in (tmp_path / "nowhere", tmp_path, Path(__file__)):
@@ -190,7 +185,9 @@ def test_salvage_refuses(simsr, root, filled, tmp_path):
 
 
 def test_scrub(simsr, root, filled):
-    with ChildDaemon(str(root)) as daemon:
+    daemon = Simsrd(root)
+    try:
+        daemon.start()
         outcome = simsr("sr", "scrub")
         assert outcome.status == 0 and "768 blocks" in outcome.out and outcome.err == ""
         damage(root, 3)
@@ -202,11 +199,13 @@ def test_scrub(simsr, root, filled):
         assert outcome.status == 31 and result["damaged_blocks"] == 1 and len(result["damage"]) == 2
         assert simsr("sr", "scrub", "nowhere").status == 10
         assert simsr("sr", "scrub", "--rate", "fast").status == 2
-        daemon.stop()
+        assert daemon.stop() == 0  # damage is logged as an error
+    finally:
+        daemon.end()
 
 
 def test_an_interrupted_scrub_is_stopped(simsr, root, filled, start_simsr):
-    with ChildDaemon(str(root)) as daemon:
+    with Simsrd(root):
         child = start_simsr("sr", "scrub", "--rate", "64KiB")
 
         def state() -> str:
@@ -221,11 +220,10 @@ def test_an_interrupted_scrub_is_stopped(simsr, root, filled, start_simsr):
         child.send_signal(signal.SIGINT)
         assert child.wait(120) == 130
         assert state() == "stopped"
-        assert daemon.stop() == 0
 
 
 def test_progress_is_drawn_on_a_terminal_only(root, filled, start_simsr):
-    with ChildDaemon(str(root)) as daemon:
+    with Simsrd(root):
         master, slave = pty.openpty()
         child = start_simsr("sr", "scrub", "--rate", "4MiB", stderr=slave)
         os.close(slave)
@@ -233,4 +231,3 @@ def test_progress_is_drawn_on_a_terminal_only(root, filled, start_simsr):
         shown = os.read(master, 1 << 16).decode(errors="replace")
         os.close(master)
         assert "scrub main" in shown and "MiB" in shown
-        assert daemon.stop() == 0

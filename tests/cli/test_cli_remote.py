@@ -9,10 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "daemon"))
-from daemon_tools import Simsrd, short_directory  # noqa: E402
+from daemon_tools import running_simsrd
 
 
 @pytest.fixture(scope="module")
@@ -25,15 +22,10 @@ def made(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def url(made):
-    with short_directory() as folder:
-        options = ["--https", "127.0.0.1:0", "--https-cert", made["cert_pem"], "--https-key", made["key_pem"], "--token-file", made["token"]]
-        simsrd = Simsrd(f"{folder}/r", *options)
-        try:
-            simsrd.start().create_sr()
-            yield simsrd.get("/v1/daemon")["https"]
-            simsrd.stop_cleanly()
-        finally:
-            simsrd.end()
+    options = ["--https", "127.0.0.1:0", "--https-cert", made["cert_pem"], "--https-key", made["key_pem"], "--token-file", made["token"]]
+    with running_simsrd(*options) as simsrd:
+        simsrd.create_sr()
+        yield simsrd.get("/v1/daemon")["https"]
 
 
 @pytest.fixture

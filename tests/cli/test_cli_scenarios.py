@@ -4,25 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
-import tempfile
 from collections.abc import Iterator
 
 import pytest
 
-from simsr.cli.child_daemon import ChildDaemon
-
-
-@pytest.fixture(scope="module")
-def real() -> Iterator[ChildDaemon]:
-    """A running daemon with one disk, the same for all tests here."""
-    directory = tempfile.mkdtemp(prefix="simsr-", dir="/tmp")
-    with ChildDaemon(directory) as daemon:
-        yield daemon
-        assert daemon.stop() == 0
-    shutil.rmtree(directory)
 
 
 @pytest.fixture

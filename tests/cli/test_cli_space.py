@@ -6,9 +6,9 @@ import json
 import subprocess
 
 import pytest
+from daemon_tools import Simsrd
 
 from simsr.cli import space
-from simsr.cli.child_daemon import ChildDaemon
 
 MIB = 2**20
 SR = "5b4d1f0e-3a52-4b8d-a4a3-2d1c6f7e4404"
@@ -140,7 +140,7 @@ def test_names_cannot_steer_the_terminal(simsr, pair):
 
 def test_all_of_it_for_real(simsr, short_directory, monkeypatch):
     monkeypatch.setenv("SIMSR_SOCKET", str(short_directory / "root" / "control.sock"))
-    with ChildDaemon(str(short_directory / "root")) as real:
+    with Simsrd(short_directory / "root") as real:
         simsr("sr", "create", "main", "--size", "1GiB")
         [disk] = simsr("vdi", "create", "--size", "64MiB", "--name", "disk").lines
         [uri] = simsr("vdi", "uri", "disk").lines

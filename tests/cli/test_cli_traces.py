@@ -4,31 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
 
 import nbd
 import pytest
+from daemon_tools import running_simsrd
 
 from scenarios.traces import FORMATS, Info, Record, convert, read
 from scenarios.traces.own import Recorder, count_lost
-from simsr.cli.child_daemon import ChildDaemon
 
 MS = 10**6
-
-
-@pytest.fixture(scope="module")
-def real() -> Iterator[ChildDaemon]:
-    directory = tempfile.mkdtemp(prefix="simsr-", dir="/tmp")
-    with ChildDaemon(directory) as daemon:
-        yield daemon
-        assert daemon.stop() == 0
-    shutil.rmtree(directory)
 
 
 @pytest.fixture
@@ -154,8 +143,7 @@ def test_a_recording_ends_with_its_disk_and_with_its_daemon(simsr, disk, recordi
     end = recording("brief", str(tmp_path / "t.trace"))
     assert simsr("vdi", "delete", uuid).status == 0
     assert end(None)[0] == 0
-    directory = tempfile.mkdtemp(prefix="simsr-", dir="/tmp")
-    with ChildDaemon(directory) as other, monkeypatch.context() as patched:
+    with running_simsrd() as other, monkeypatch.context() as patched:
         patched.setenv("SIMSR_SOCKET", other.socket)
         simsr("sr", "create", "main")
         simsr("vdi", "create", "--size", "1MiB", "--name", "one")
@@ -163,10 +151,9 @@ def test_a_recording_ends_with_its_disk_and_with_its_daemon(simsr, disk, recordi
         give_up = time.monotonic() + 120
         while not (tmp_path / "u.trace").stat().st_size:
             assert time.monotonic() < give_up
-        other.process.kill()
+        other.kill()
         status, said = end(None)
         assert status == 4 and "u.trace" in said
-    shutil.rmtree(directory)
     assert records(tmp_path / "u.trace") == []
 
 

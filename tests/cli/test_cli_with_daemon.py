@@ -7,14 +7,13 @@ import random
 import shutil
 import signal
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from cli_kit import wait_until
+from daemon_tools import Simsrd
 
-from simsr.cli.child_daemon import ChildDaemon
 
 MIB = 2**20
 
@@ -24,16 +23,6 @@ def root(short_directory, monkeypatch) -> Path:
     """The root of the daemon; SIMSR_SOCKET names its control socket."""
     monkeypatch.setenv("SIMSR_SOCKET", str(short_directory / "root" / "control.sock"))
     return short_directory / "root"
-
-
-@pytest.fixture(scope="module")
-def real() -> Iterator[ChildDaemon]:
-    """A running daemon, the same for all tests here."""
-    directory = tempfile.mkdtemp(prefix="simsr-", dir="/tmp")
-    with ChildDaemon(directory) as daemon:
-        yield daemon
-        assert daemon.stop() == 0
-    shutil.rmtree(directory)
 
 
 @pytest.fixture
@@ -170,13 +159,13 @@ def test_an_interrupted_import_leaves_nothing(simsr, start_simsr, sr, image, num
 
 
 def test_everything_is_there_after_a_restart(simsr, root, image):
-    with ChildDaemon(str(root)):
+    with Simsrd(root):
         simsr("sr", "create", "main", "--size", "1GiB")
         simsr("import", str(image), "--name", "root")
         simsr("snapshot", "root", "--name", "clean")
         before = json.loads(simsr("vdi", "list", "--json").out)
     assert simsr("vdi", "list").status == 4
-    with ChildDaemon(str(root)):
+    with Simsrd(root):
         assert json.loads(simsr("vdi", "list", "--json").out) == before
         [uri] = simsr("vdi", "uri", "root").lines
         assert same(uri, image)

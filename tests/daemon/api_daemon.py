@@ -13,7 +13,7 @@ from contextlib import closing
 
 import httpx
 import pytest
-from daemon_tools import LIMIT_BYTES, Simsrd, short_directory
+from daemon_tools import LIMIT_BYTES, Simsrd, running_simsrd
 
 from simsr import errors
 
@@ -163,15 +163,9 @@ class Nbd:
 @pytest.fixture(scope="module")
 def api() -> Iterator[Api]:
     """A daemon with one SR, "sr", shared by the tests of a module; each works on VDIs of its own."""
-    with short_directory() as folder:
-        simsrd = Simsrd(f"{folder}/r")
-        try:
-            with closing(Api(simsrd.start())) as shared:
-                shared.sr("sr")
-                yield shared
-            simsrd.stop_cleanly()
-        finally:
-            simsrd.end()
+    with running_simsrd() as simsrd, closing(Api(simsrd)) as shared:
+        shared.sr("sr")
+        yield shared
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from daemon_tools import Simsrd, short_directory
+from daemon_tools import Simsrd, running_simsrd, short_directory
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "nbd_export"))  # for nbd_wire
 
@@ -28,9 +28,13 @@ def root(folder: str) -> str:
 @pytest.fixture
 def daemon(root: str) -> Iterator[Simsrd]:
     """A running daemon, which has to end well after the test."""
-    simsrd = Simsrd(root)
-    try:
-        yield simsrd.start()
-        simsrd.stop_cleanly()
-    finally:
-        simsrd.end()
+    with Simsrd(root) as simsrd:
+        yield simsrd
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Simsrd]:
+    """A daemon with one SR, "s", for all tests of a file; it has to end well."""
+    with running_simsrd() as simsrd:
+        simsrd.create_sr("s")
+        yield simsrd

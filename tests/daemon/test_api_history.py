@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 import time
 import uuid
@@ -11,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 from api_daemon import BLOCK, MIB, Nbd, Unchanged, api  # noqa: F401
-from daemon_tools import Simsrd
+from daemon_tools import Simsrd, running_simsrd
 from nbd_wire import FLUSH, READ, WRITE, WireClient
 
 EIO = 5
@@ -208,8 +207,7 @@ def test_groups_over_the_api(api):  # noqa: F811
 def test_a_group_killed_is_all_old_or_all_new(request):
     """SIGKILL at random moments of a group revert: all disks or none, whatever was answered; what was answered stays."""
     kills = max(1, round(6 * request.config.getoption("--effort")))
-    simsrd = Simsrd(f"/tmp/simsr-{uuid.uuid4().hex[:8]}").start()
-    try:
+    with running_simsrd() as simsrd:
         simsrd.create_sr()
         disks = [simsrd.create_vdi(MIB, f"d{number}")["uuid"] for number in range(3)]
         fill_all(simsrd, disks, 1)
@@ -220,10 +218,6 @@ def test_a_group_killed_is_all_old_or_all_new(request):
             simsrd.start()
             found = {read_first(simsrd, disk) for disk in disks}
             assert found == {1} or (found == {2 + number} and not answered), f"kill {number}: {found}"
-        simsrd.stop_cleanly()
-    finally:
-        simsrd.end()
-        shutil.rmtree(simsrd.root, ignore_errors=True)
 
 
 def fill_all(simsrd: Simsrd, disks: list[str], value: int) -> None:

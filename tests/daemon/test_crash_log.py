@@ -7,26 +7,13 @@ import os
 
 import nbd
 import pytest
-from daemon_tools import Simsrd, short_directory
+from daemon_tools import Simsrd
 
 from simsr.daemon import crash_log
 from simsr.daemon.crash_log import CrashLog
 
 MIB = 1 << 20
 KIB = 1024
-
-
-@pytest.fixture(scope="module")
-def shared():
-    with short_directory() as folder:
-        simsrd = Simsrd(f"{folder}/r")
-        try:
-            simsrd.start()
-            assert simsrd.api.post("/v1/srs", json={"name": "s"}).status_code == 201
-            yield simsrd
-            simsrd.stop_cleanly()
-        finally:
-            simsrd.end()
 
 
 class Disk:

@@ -18,7 +18,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from daemon_tools import Simsrd, short_directory, simsrd_command
+from daemon_tools import Simsrd, running_simsrd, simsrd_command
 from nbd_wire import FUA, MIB, READ, WRITE, WireClient
 
 from simsr.daemon.listeners import split_address
@@ -402,18 +402,12 @@ def test_more_connections_than_the_soft_limit_of_descriptors(root):
 
 
 def test_two_daemons_side_by_side():
-    with short_directory() as first, short_directory() as second:
-        one, two = Simsrd(f"{first}/r"), Simsrd(f"{second}/r")
-        try:
-            one.start().create_sr("a")
-            two.start().create_sr("a")
+    with running_simsrd() as two:
+        two.create_sr("a")
+        with running_simsrd() as one:
+            one.create_sr("a")
             assert one.get("/v1/srs")[0]["uuid"] != two.get("/v1/srs")[0]["uuid"]
-            one.stop_cleanly()
-            assert len(two.get("/v1/srs")) == 1
-            two.stop_cleanly()
-        finally:
-            one.end()
-            two.end()
+        assert len(two.get("/v1/srs")) == 1
 
 
 def test_the_log_names_no_bug_after_all_this(daemon):

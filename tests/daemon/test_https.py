@@ -11,7 +11,7 @@ import httpx
 import pytest
 import trio
 from api_daemon import MIB, check_error
-from daemon_tools import Simsrd, short_directory, simsrd_command
+from daemon_tools import running_simsrd, simsrd_command
 
 from simsr.daemon import listeners
 from simsr.daemon.listeners import BODY_MAX_BYTES, HEAD_MAX_BYTES, Limits, TokenRequired, https_from, split_address
@@ -66,18 +66,12 @@ class Remote:
 
 @pytest.fixture(scope="module")
 def remote(pki):
-    with short_directory() as folder:
-        simsrd = Simsrd(
-            f"{folder}/r", "--https", pki.https, "--https-cert", pki.https_cert, "--https-key", pki.https_key, "--token-file", pki.token_file,
-            "--nbd-tcp", "127.0.0.1:0",
-        )  # fmt: skip
-        try:
-            simsrd.start().create_sr()
-            yield Remote(simsrd, pki)
-            simsrd.stop_cleanly()
-            assert TOKEN not in simsrd.log
-        finally:
-            simsrd.end()
+    options = ["--https", pki.https, "--https-cert", pki.https_cert, "--https-key", pki.https_key, "--token-file", pki.token_file]
+    with running_simsrd(*options, "--nbd-tcp", "127.0.0.1:0") as simsrd:
+        simsrd.create_sr()
+        yield Remote(simsrd, pki)
+        simsrd.stop_cleanly()
+        assert TOKEN not in simsrd.log
 
 
 def test_with_the_token_everything_is_as_on_the_socket(remote):

@@ -15,7 +15,7 @@ import time
 
 import nbd
 import pytest
-from daemon_tools import Simsrd, short_directory
+from daemon_tools import Simsrd
 
 from scenarios.loader import library_text
 from scenarios.traces import convert
@@ -34,19 +34,6 @@ def hurried(name, **changes):
         assert old in text, (name, old)
         text = text.replace(old, new)
     return text
-
-
-@pytest.fixture(scope="module")
-def shared():
-    with short_directory() as folder:
-        simsrd = Simsrd(f"{folder}/r")
-        try:
-            simsrd.start()
-            assert simsrd.api.post("/v1/srs", json={"name": "s"}).status_code == 201
-            yield simsrd
-            simsrd.stop_cleanly()
-        finally:
-            simsrd.end()
 
 
 @pytest.fixture
@@ -221,10 +208,9 @@ def head(vdi):
 
 def test_revert_under_fire(root):
     """A group of two is reverted below clients that write; the daemon is killed at each step and started again."""
-    simsrd = Simsrd(root)
-    try:
-        api = simsrd.start().api
-        api.post("/v1/srs", json={"name": "s"})
+    with Simsrd(root) as simsrd:
+        simsrd.create_sr("s")
+        api = simsrd.api
         disks = [disk(api, f"disk{number}", MIB) for number in range(2)]
         for step in ("before-log", "after-log", "after-swap", "before-ack"):
             for one in disks:
@@ -238,7 +224,7 @@ def test_revert_under_fire(root):
             wait_for_phase(api, "revert")
             with contextlib.suppress(Exception):  # it dies before it has answered
                 api.post(f"/v1/vdis/{taken.json()['snapshots'][0]['uuid']}/revert", json={"group": True, "live": "disconnect"})
-            assert simsrd.process.wait(120) == -9, step
+            assert simsrd.wait() == -9, step
             for fire in fires:
                 fire.thread.join()
             simsrd.end()
@@ -251,6 +237,3 @@ def test_revert_under_fire(root):
                 undone = api.post(f"/v1/vdis/{disks[0]['uuid']}/undo", json={"group": True})
                 assert undone.status_code == 200, undone.text
                 assert {head(one) for one in disks} == {b"n"}, "undo brings back what was before"
-        simsrd.stop_cleanly()
-    finally:
-        simsrd.end()

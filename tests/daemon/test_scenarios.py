@@ -10,26 +10,13 @@ import time
 
 import nbd
 import pytest
-from daemon_tools import Simsrd, short_directory
+from daemon_tools import Simsrd
 
 from scenarios.request import Request
 from scenarios.traces import Record, convert
 from scenarios.traces.workload import payload
 
 MIB = 1 << 20
-
-
-@pytest.fixture(scope="module")
-def shared():
-    with short_directory() as folder:
-        simsrd = Simsrd(f"{folder}/r")
-        try:
-            simsrd.start()
-            assert simsrd.api.post("/v1/srs", json={"name": "s"}).status_code == 201
-            yield simsrd
-            assert simsrd.stop() == 0
-        finally:
-            simsrd.end()
 
 
 @pytest.fixture
@@ -267,10 +254,9 @@ class TestControlPlane:
 
     @pytest.mark.parametrize("step", ["before-log", "after-log", "after-swap", "before-ack"])
     def test_the_daemon_dies_at_a_step_of_a_revert(self, step, root):
-        simsrd = Simsrd(root)
-        try:
-            api = simsrd.start().api
-            api.post("/v1/srs", json={"name": "s"})
+        with Simsrd(root) as simsrd:
+            simsrd.create_sr("s")
+            api = simsrd.api
             disk = api.post("/v1/vdis", json={"size_bytes": MIB}).json()
             with connected(disk) as client:
                 client.pwrite(b"o" * 4096, 0)
@@ -281,7 +267,7 @@ class TestControlPlane:
             start(api, '[[rule]]\nmatch = { op = "revert" }\naction = { kill_daemon = "at-step" }\n', step=step)
             with contextlib.suppress(Exception):
                 api.post(f"/v1/vdis/{snapshot['uuid']}/revert")
-            assert simsrd.process.wait(120) == -9
+            assert simsrd.wait() == -9
             simsrd.end()
             api = simsrd.start().api
             with connected(disk) as client:
@@ -290,9 +276,6 @@ class TestControlPlane:
             assert seen[:1] in (b"o", b"n") and seen == seen[:1] * 4096
             report = api.get("/v1/scenario/report").json()
             assert (report["scenario"], report["is_running"], report["rules"][0]["hits"]) == ("test", False, 1), "it is kept"
-            simsrd.stop_cleanly()
-        finally:
-            simsrd.end()
 
 
 def test_metrics(api, vdi):

@@ -116,17 +116,11 @@ def test_systemd_passes_all_sockets(root, folder, notified):
 
 def test_sockets_meant_for_another_process_are_left_alone(root):
     """LISTEN_PID tells whose they are; a child of an activated service may see the variables of its parent."""
-    simsrd = Simsrd(root, environment={"LISTEN_PID": "1", "LISTEN_FDS": "3"})
-    try:
-        simsrd.start().stop_cleanly()
-    finally:
-        simsrd.end()
+    with Simsrd(root, environment={"LISTEN_PID": "1", "LISTEN_FDS": "3"}):
+        pass
 
 
 @pytest.mark.parametrize("address", ["/nowhere/notify", "@nobody-listens-here"])
 def test_a_notify_socket_that_nobody_reads(root, address):
-    simsrd = Simsrd(root, environment={"NOTIFY_SOCKET": address})
-    try:
-        simsrd.start().stop_cleanly()
-    finally:
-        simsrd.end()
+    with Simsrd(root, environment={"NOTIFY_SOCKET": address}):
+        pass

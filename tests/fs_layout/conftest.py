@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "daemon"))  # for daemon_tools
-
-from fuse_kit import Mounted, mounted_daemon  # noqa: E402
+from fuse_kit import Mounted, mounted_daemon
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import importlib.util
 import mmap
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -118,6 +119,10 @@ class Mounted(Simsrd):
         finally:
             handle.shutdown()
 
+    def stop_cleanly(self, number: int = signal.SIGTERM) -> None:
+        super().stop_cleanly(number)
+        assert not is_mounted(self.directory)
+
     def end(self) -> None:
         super().end()
         while is_mounted(self.directory):  # whatever went wrong, nothing stays mounted
@@ -127,16 +132,9 @@ class Mounted(Simsrd):
 @contextlib.contextmanager
 def mounted_daemon(*options: str) -> Iterator[Mounted]:
     """Run a daemon, which must end cleanly and leave nothing mounted."""
-    with short_directory() as folder:
-        daemon = Mounted(folder, *options)
-        try:
-            daemon.start()
-            daemon.create_sr("sr")
-            yield daemon
-            daemon.stop_cleanly()
-            assert not is_mounted(daemon.directory)
-        finally:
-            daemon.end()
+    with short_directory() as folder, Mounted(folder, *options) as daemon:
+        daemon.create_sr("sr")
+        yield daemon
 
 
 @contextlib.contextmanager

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import logging
 import random
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from daemon_tools import Simsrd, running_simsrd, short_directory
+from fake_disks import Client, FakeDisk, FakeDisks
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "daemon"))
-
-from daemon_tools import Simsrd, short_directory  # noqa: E402
-from fake_disks import Client, FakeDisk, FakeDisks  # noqa: E402
-
-from nbd_export.server import NbdServer, listen_unix  # noqa: E402
+from nbd_export.server import NbdServer, listen_unix
 
 
 class Rig:
@@ -62,14 +58,9 @@ def folder() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Simsrd]:
     """A daemon with one SR for all tests of a file; it has to end well."""
-    with short_directory() as folder:
-        simsrd = Simsrd(f"{folder}/r")
-        try:
-            simsrd.start().create_sr()
-            yield simsrd
-            simsrd.stop_cleanly()
-        finally:
-            simsrd.end()
+    with running_simsrd() as simsrd:
+        simsrd.create_sr()
+        yield simsrd
 
 
 @pytest.fixture

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import random
 import re
-import socket
-import struct
 from pathlib import Path
 
 import nbd
 import pytest
-from daemon_tools import Simsrd
+from daemon_tools import running_simsrd
 from interop_tools import qemu_io, run
 from nbd_wire import MIB, WireClient
 
@@ -78,10 +76,9 @@ def test_a_disk_whose_size_is_no_multiple_of_a_block(make_vdi, folder):
     qemu_io(disk["nbd_uri"], "write -z 8k 4608", "read -P 0 8k 4608")
 
 
-def test_tcp_on_loopback(folder):
-    simsrd = Simsrd(f"{folder}/r", "--nbd-tcp", "127.0.0.1:0")
-    try:
-        simsrd.start().create_sr()
+def test_tcp_on_loopback():
+    with running_simsrd("--nbd-tcp", "127.0.0.1:0") as simsrd:
+        simsrd.create_sr()
         disk = simsrd.create_vdi(8 * MIB)
         address = simsrd.get("/v1/daemon")["nbd_tcp"]
         assert re.fullmatch(r"127\.0\.0\.1:\d+", address)
@@ -89,6 +86,3 @@ def test_tcp_on_loopback(folder):
         assert run("nbdinfo", "--size", uri).strip() == str(8 * MIB)
         qemu_io(uri, "write -P 0x21 0 1M", "read -P 0x21 0 1M")
         qemu_io(disk["nbd_uri"], "read -P 0x21 0 1M")
-        simsrd.stop_cleanly()
-    finally:
-        simsrd.end()

@@ -12,7 +12,7 @@ import sys
 
 import nbd
 import pytest
-from daemon_tools import Simsrd, short_directory, simsrd_command
+from daemon_tools import Simsrd, running_simsrd, simsrd_command
 from interop_tools import run
 from nbd_wire import MIB, MODERN, WireClient, go
 from tls_kit import certificates, client_context
@@ -31,14 +31,9 @@ def pki():
 @pytest.fixture(scope="module")
 def shared(pki):
     """A daemon for everybody on the network who has a certificate, and for this machine with TLS or without."""
-    with short_directory() as folder:
-        simsrd = Simsrd(f"{folder}/r", "--nbd-tcp", "0.0.0.0:0", "--nbd-tls-dir", pki, "--tls-verify-peer")
-        try:
-            simsrd.start().create_sr()
-            yield simsrd
-            simsrd.stop_cleanly()
-        finally:
-            simsrd.end()
+    with running_simsrd("--nbd-tcp", "0.0.0.0:0", "--nbd-tls-dir", pki, "--tls-verify-peer") as simsrd:
+        simsrd.create_sr()
+        yield simsrd
 
 
 class Remote:
@@ -183,19 +178,14 @@ def test_a_client_of_python(remote, disk, pki):
 
 
 def test_require_is_for_unix_sockets_too(pki):
-    with short_directory() as folder:
-        simsrd = Simsrd(f"{folder}/r", "--nbd-tls-dir", pki, "--tls", "require")
-        try:
-            simsrd.start().create_sr()
-            disk = simsrd.create_vdi(MIB)
-            assert disk["nbd_uri"].startswith("nbds+unix://")
-            for path in (simsrd.nbd_socket, disk["nbd_socket"]):
-                with pytest.raises(AssertionError, match=f"{c.NBD_REP_ERR_TLS_REQD:#x}"):
-                    WireClient.connect(path, disk["uuid"])
-            run("nbdinfo", "--size", f"{disk['nbd_uri']}&tls-certificates={pki}&tls-hostname=localhost")
-            simsrd.stop_cleanly()
-        finally:
-            simsrd.end()
+    with running_simsrd("--nbd-tls-dir", pki, "--tls", "require") as simsrd:
+        simsrd.create_sr()
+        disk = simsrd.create_vdi(MIB)
+        assert disk["nbd_uri"].startswith("nbds+unix://")
+        for path in (simsrd.nbd_socket, disk["nbd_socket"]):
+            with pytest.raises(AssertionError, match=f"{c.NBD_REP_ERR_TLS_REQD:#x}"):
+                WireClient.connect(path, disk["uuid"])
+        run("nbdinfo", "--size", f"{disk['nbd_uri']}&tls-certificates={pki}&tls-hostname=localhost")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import nbd
 import pytest
-from daemon_tools import Simsrd, short_directory
+from daemon_tools import Simsrd, running_simsrd
 from interop_tools import run
 from nbd_wire import KIB, MIB
 
@@ -214,23 +214,18 @@ def test_no_simsrd(folder):
 
 
 def test_no_flush_succeeds_over_what_was_lost():
-    with short_directory() as folder:
-        simsrd = Simsrd(f"{folder}/r")
-        try:
-            disk = simsrd.start().create_sr() and simsrd.create_vdi(8 * MIB, "d")
-            handle = nbd.NBD()
-            handle.connect_command(nbdkit(simsrd, "export=d", options=("-s", "--exit-with-parent")))
-            handle.pwrite(b"x" * 4096, 0)
-            simsrd.stop(signal.SIGKILL)
-            simsrd.start()
-            for _ in range(6):  # more than there are connections
-                with pytest.raises(nbd.Error):
-                    handle.flush()
-            handle.shutdown()
-            assert through(simsrd, 'nbdinfo --size "$uri"', f"export={disk['uuid']}") == f"{8 * MIB}\n"
-            simsrd.stop_cleanly()
-        finally:
-            simsrd.end()
+    with running_simsrd() as simsrd:
+        disk = simsrd.create_sr() and simsrd.create_vdi(8 * MIB, "d")
+        handle = nbd.NBD()
+        handle.connect_command(nbdkit(simsrd, "export=d", options=("-s", "--exit-with-parent")))
+        handle.pwrite(b"x" * 4096, 0)
+        simsrd.stop(signal.SIGKILL)
+        simsrd.start()
+        for _ in range(6):  # more than there are connections
+            with pytest.raises(nbd.Error):
+                handle.flush()
+        handle.shutdown()
+        assert through(simsrd, 'nbdinfo --size "$uri"', f"export={disk['uuid']}") == f"{8 * MIB}\n"
 
 
 # --- The page ----------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import trio
-from daemon_tools import Simsrd, short_directory
+from daemon_tools import Simsrd, running_simsrd
 from fake_disks import SIZE_BYTES, Client, pattern, until
 from interop_tools import run
 from nbd_wire import DISC, FLUSH, KIB, MIB, READ, TRIM, WRITE, ZEROES, WireClient
@@ -159,14 +159,9 @@ async def test_each_write_is_durable_when_it_is_answered(rig):
 @pytest.fixture(scope="module")
 def shared():
     """A daemon that serves TCP, too, and that may be restarted."""
-    with short_directory() as folder:
-        simsrd = Simsrd(f"{folder}/r", "--nbd-tcp", "127.0.0.1:0")
-        try:
-            simsrd.start().create_sr()
-            yield simsrd
-            simsrd.stop_cleanly()
-        finally:
-            simsrd.end()
+    with running_simsrd("--nbd-tcp", "127.0.0.1:0") as simsrd:
+        simsrd.create_sr()
+        yield simsrd
 
 
 def terms(shared: Simsrd, vdi: dict, **changes: object) -> dict:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from simsrd_kit import Simsrd, make_pki
+from daemon_tools import running_simsrd
+from simsrd_kit import make_pki
 from smapi_fake_daemon import FakeDaemon
 from smapi_fake_xapi import FakeXapi
 from smapi_fakes import serving
@@ -71,14 +72,11 @@ def shared():
     """A real simsrd that tests share, on its socket and over HTTPS. It holds one SR, SR_UUID."""
     with tempfile.TemporaryDirectory(prefix="simsr-") as path:
         pki = make_pki(Path(path))
-        simsrd = Simsrd(Path(path) / "root", "--nbd-tcp", "127.0.0.1:0", "--https", "127.0.0.1:0", "--https-cert",
-                        pki.certificate, "--https-key", pki.key, "--token-file", pki.token_file)
-        try:
-            simsrd.pki, simsrd.socket = pki, simsrd.start()
+        options = ["--https-cert", pki.certificate, "--https-key", pki.key, "--token-file", pki.token_file]
+        with running_simsrd("--nbd-tcp", "127.0.0.1:0", "--https", "127.0.0.1:0", *options) as simsrd:
+            simsrd.pki = pki
             assert Caller(in_process=True, socket=simsrd.socket, standalone="true").call("sr_create", [SR_BYTES]) is NIL
             yield simsrd
-        finally:
-            simsrd.stop()
 
 
 @pytest.fixture

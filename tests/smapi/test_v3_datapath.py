@@ -1,11 +1,10 @@
 """The datapath scripts of the SMAPIv3 plug-in against a real simsrd."""
 
 import socket as sockets
-import tempfile
 
 import pytest
 
-from simsr.cli.child_daemon import ChildDaemon
+from daemon_tools import Simsrd, running_simsrd
 from v3_kit import DATAPATH, SCHEME, ScriptError, Volumes, call, nbd_io, qemu_io
 
 MIB = 1 << 20
@@ -14,7 +13,7 @@ VM, OTHER_VM, DOM0 = "5", "6", "u0-OpaqueRef_1f6b0c55_0d4b"
 
 @pytest.fixture(scope="module")
 def daemon():
-    with tempfile.TemporaryDirectory(prefix="simsr-") as root, ChildDaemon(root) as daemon:
+    with running_simsrd() as daemon:
         yield daemon
 
 
@@ -151,8 +150,7 @@ def test_uris_that_name_no_volume(uri):
 
 
 def test_what_happens_when_simsrd_dies_and_comes_back(folder):
-    root = str(folder)
-    with ChildDaemon(root) as daemon:
+    with Simsrd(folder / "root") as daemon:
         volumes = Volumes(daemon.socket)
         disk = volumes.create()
         nbd_io(disk, "write -P 0x11 0 64k")
@@ -166,7 +164,7 @@ def test_what_happens_when_simsrd_dies_and_comes_back(folder):
     assert "cannot be reached" in refused(47, "activate", disk, domain=VM)
     refused(47, "deactivate", disk, domain=VM)
     assert at("detach", disk, domain=VM) is None
-    with ChildDaemon(root):
+    with daemon:
         assert volumes.call("SR.stat")["health"] == ["Healthy", ""]
         assert volumes.ls() == listed
         nbd_io(disk, "read -P 0x11 0 64k")

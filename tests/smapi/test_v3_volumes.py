@@ -3,13 +3,12 @@
 import base64
 import json
 import re
-import tempfile
 import uuid
 
 import httpx
 import pytest
 
-from simsr.cli.child_daemon import ChildDaemon
+from daemon_tools import running_simsrd
 from smapi_kit import SR_UUID
 from v3_kit import SR_STAT, ScriptError, Volumes, call, checked, finish, nbd_io, script, start
 
@@ -19,7 +18,7 @@ OTHER_SR = "99999999-3a52-4b8d-a4a3-2d1c6f7e4404"
 
 @pytest.fixture(scope="module")
 def socket():
-    with tempfile.TemporaryDirectory(prefix="simsr-") as root, ChildDaemon(root) as daemon:
+    with running_simsrd() as daemon:
         yield daemon.socket
 
 

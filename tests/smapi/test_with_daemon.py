@@ -3,15 +3,15 @@
 import base64
 import re
 import shutil
-import signal
 import socket
 import struct
 import subprocess
 import uuid
+from pathlib import Path
 
 import pytest
 
-from simsrd_kit import Simsrd
+from daemon_tools import Simsrd
 from smapi_fake_xapi import new_ref
 from smapi_kit import SR_UUID, Caller, read_plugin, start_plugin
 from smapi_wire import NIL, check_attach, check_vdi_info
@@ -26,14 +26,17 @@ needs_qemu_io = pytest.mark.skipif(not shutil.which("qemu-io"), reason="qemu-io 
 def simsrd(folder):
     """A daemon of the test's own, to be killed or spoilt."""
     daemon = Simsrd(folder / "root")
-    yield daemon
-    daemon.stop()
+    try:
+        yield daemon.start()
+        assert daemon.stop() == 0
+    finally:
+        daemon.end()
 
 
 @pytest.fixture
 def own(simsrd):
     """A caller without xapi and with a daemon of its own, whose SR exists."""
-    caller = Caller(socket=simsrd.start(), standalone="true")
+    caller = Caller(socket=simsrd.socket, standalone="true")
     assert caller.call("sr_create", ["0"]) is NIL
     return caller
 
@@ -96,7 +99,7 @@ def test_what_was_answered_outlives_a_killed_daemon(own, simsrd):
     snapshot = check_vdi_info(own.call("vdi_snapshot", vdi=disk))
     qemu_io(own, disk, "write -P 0x22 0 64k")
     own.call("vdi_revert", [disk], vdi=snapshot)
-    simsrd.stop(signal.SIGKILL)
+    simsrd.kill()
     assert own.fault("sr_attach").number == 47
     simsrd.start()
     assert own.call("sr_attach") is NIL
@@ -186,7 +189,7 @@ def test_without_xapi_nobody_shares_a_disk_for_writing(real):
 def test_sr_that_cannot_be_opened(own, simsrd):
     disk = create(own)
     simsrd.stop()
-    for path in (simsrd.root / "sr" / SR_UUID).iterdir():
+    for path in Path(simsrd.root, "sr", SR_UUID).iterdir():
         with path.open("r+b") as file:
             file.write(b"\xee" * 4096)
     simsrd.start()

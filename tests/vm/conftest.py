@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from daemon_tools import Simsrd, running_simsrd
 from vm_kit import Boot
 
-from simsr.cli.child_daemon import ChildDaemon
 from simsr.cli.client import Client
 
 PREPARED = os.environ.get("SIMSR_VM_DIR")
@@ -31,11 +30,10 @@ def boot(tmp_path_factory) -> Boot:
 
 
 @pytest.fixture(scope="module")
-def daemon() -> Iterator[ChildDaemon]:
+def daemon() -> Iterator[Simsrd]:
     """A simsrd."""
-    with tempfile.TemporaryDirectory(prefix="simsr-") as root, ChildDaemon(root) as daemon:
+    with running_simsrd() as daemon:
         yield daemon
-        assert daemon.stop() == 0
 
 
 @pytest.fixture(scope="module")

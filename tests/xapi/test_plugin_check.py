@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from daemon_tools import Simsrd
 from xapi_kit import SIMSR_PLUGIN, short_directory
 
-from simsr.cli.child_daemon import ChildDaemon
 from simsr.xapi.plugin_check import check_plugin
 from simsr.xapi.plugin_points import POINTS
 from simsr.xapi.plugin_source import source_problem
@@ -19,8 +19,8 @@ MAIN = '\nif __name__ == "__main__":\n'
 @pytest.fixture(scope="module")
 def daemon():
     folder = short_directory()
-    with ChildDaemon(str(folder / "r")) as child:
-        yield child
+    with Simsrd(folder / "r") as simsrd:
+        yield simsrd
     shutil.rmtree(folder)
 
 
@@ -34,7 +34,7 @@ def spoilt(folder: Path, text: str) -> str:
     return str(path)
 
 
-def findings(path: str, daemon: ChildDaemon, *names: str):
+def findings(path: str, daemon: Simsrd, *names: str):
     """{name of the check: finding} of those checks, or all."""
     points = [point for point in POINTS if not names or point.check.__name__ in names]
     assert not names or len(points) == len(names)

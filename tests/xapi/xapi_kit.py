@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import XenAPI
-
-from simsr.cli.child_daemon import ChildDaemon
+from daemon_tools import Simsrd
 
 ROOT = Path(__file__).parents[2]
 SIMSR_PLUGIN = ROOT / "simsr" / "smapi" / "SimSR"
@@ -93,7 +92,7 @@ class World:
 
     def start_simsrd(self) -> None:
         """Start simsrd, again if it was killed."""
-        self.simsrd = ChildDaemon(str(self.folder / "simsrd"))
+        self.simsrd = Simsrd(self.folder / "simsrd").start()
         (self.folder / "simsrd.pid").write_text(str(self.simsrd.process.pid))
 
     def start_xapi(self) -> None:
@@ -122,7 +121,7 @@ class World:
             assert self.xapi.stop() == 0
             assert "Traceback" not in (log := self.xapi_log()), log
         finally:
-            self.simsrd.stop()
+            self.simsrd.stop_cleanly()
             shutil.rmtree(self.folder)
 
     def _clients(self):

@@ -1,27 +1,38 @@
-"""A real simsrd for tests: started on a root of its own, asked over HTTP, stopped or killed, and looked at from outside."""
+"""A real simsrd for tests: started on a root of its own, asked over HTTP, stopped or killed, and looked at from outside.
+
+Each is a process of its own that runs what ``simsrd`` runs, but forked from one that has imported everything already: importing is two
+thirds of a start, and there are hundreds of starts. That it starts from nothing is for the tests of the command, of systemd and of
+``simsr run``, which have `simsrd_command` or start it by another program.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import select
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from types import TracebackType
 
 import httpx
 
-__all__ = ["Simsrd", "short_directory", "simsrd_command"]
+__all__ = ["LIMIT_BYTES", "Simsrd", "running_simsrd", "short_directory", "simsrd_command"]
 
 START_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 120
 LIMIT_BYTES = 2 << 30
 """Of the SRs of tests: their segments are small then, and so is what is written in advance: 56 MiB instead of 224 for an SR."""
+
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["simsr.daemon.main"])
 
 _READY = "simsrd: ready, control socket "
 _NOISE = re.compile(r"ERROR|Traceback|\bbug\b", re.IGNORECASE)
@@ -41,20 +52,45 @@ def short_directory() -> Iterator[str]:
         shutil.rmtree(path)
 
 
+def _simsrd(output: Connection, log_path: str, environment: dict[str, str], arguments: list[str]) -> None:
+    """What the new process does: be simsrd."""
+    from simsr.daemon.main import main
+
+    with open(log_path, "ab") as log:
+        os.dup2(output.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    output.close()
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = ["simsrd", *arguments]
+    main()
+
+
+@contextmanager
+def running_simsrd(*arguments: str) -> Iterator[Simsrd]:
+    """A running daemon on a root of its own; it has to end well."""
+    with short_directory() as folder, Simsrd(f"{folder}/r", *arguments) as simsrd:
+        yield simsrd
+
+
 class Simsrd:
-    """One simsrd on ``root``; `start` it as often as you like.
+    """One simsrd on ``root``; `start` it as often as you like, or let it run ``with`` a block.
+
+    At the end of the block it must stop cleanly, unless it was killed there.
 
     ``process`` is the running one, ``api`` an HTTP client of its control socket. Whatever it logs is kept in `log`.
     """
 
-    def __init__(self, root: str, *arguments: str, environment: dict[str, str] | None = None) -> None:
-        self.root = root
+    def __init__(self, root: str | os.PathLike[str], *arguments: str, environment: dict[str, str] | None = None) -> None:
+        self.root = root = os.fspath(root)
         self.socket = os.path.join(root, "control.sock")
         self.nbd_socket = os.path.join(root, "nbd.sock")
         self._arguments = arguments
-        self._environment = environment
+        self._environment = environment or {}
         self._log_path = root.rstrip("/") + ".log"
-        self.process: subprocess.Popen[bytes] | None = None
+        self._is_killed = False
+        self._output: Connection | None = None
+        self.process: BaseProcess | None = None
         self.api: httpx.Client | None = None
 
     @property
@@ -69,16 +105,32 @@ class Simsrd:
 
     # Life.
 
+    def __enter__(self) -> Simsrd:
+        try:
+            return self.start()
+        except BaseException:
+            self.end()
+            raise
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if kind is None and not self._is_killed:
+                self.stop_cleanly()
+        finally:
+            self.end()
+
     def start(self) -> Simsrd:
         """Start it; returns when it serves."""
-        with open(self._log_path, "ab") as log:
-            self.process = subprocess.Popen(
-                simsrd_command("--root", self.root, *self._arguments), stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE, stderr=log, env=self._environment and {**os.environ, **self._environment},
-            )  # fmt: skip
+        self._output, output = _FORKS.Pipe(duplex=False)
+        environment = {**os.environ, **self._environment}
+        arguments = (output, self._log_path, environment, ["--root", self.root, *self._arguments])
+        self.process = _FORKS.Process(target=_simsrd, args=arguments, daemon=True)
+        self.process.start()
+        output.close()
         line = self._first_line()
         assert line.startswith(_READY), f"simsrd said {line!r} and logged:\n{self.log}"
         self.socket = line.removeprefix(_READY).rstrip("\n")
+        self._is_killed = False
         self.api = httpx.Client(transport=httpx.HTTPTransport(uds=self.socket), base_url="http://simsrd", timeout=120)
         return self
 
@@ -86,8 +138,8 @@ class Simsrd:
         output, deadline = b"", time.monotonic() + START_TIMEOUT_S
         while not output.endswith(b"\n"):
             wait_s = max(0.0, deadline - time.monotonic())
-            assert select.select([self.process.stdout], [], [], wait_s)[0], f"simsrd is not ready after {START_TIMEOUT_S} s"
-            piece = os.read(self.process.stdout.fileno(), 4096)
+            assert select.select([self._output], [], [], wait_s)[0], f"simsrd is not ready after {START_TIMEOUT_S} s"
+            piece = os.read(self._output.fileno(), 4096)
             if not piece:
                 break
             output += piece
@@ -95,12 +147,14 @@ class Simsrd:
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Signal it and return its exit status."""
-        self.process.send_signal(number)
+        if self.process.is_alive():
+            os.kill(self.process.pid, number)
         return self._gone()
 
     def kill(self) -> None:
         self.process.kill()
         self._gone()
+        self._is_killed = True
 
     def stop_cleanly(self, number: int = signal.SIGTERM) -> None:
         """Stop it; it must leave with status 0, and must not have logged anything that smells of a bug."""
@@ -109,24 +163,25 @@ class Simsrd:
         noise = [line for line in self.log.splitlines() if _NOISE.search(line) and "(injected by" not in line]
         assert not noise, "simsrd logged:\n" + "\n".join(noise)
 
+    def wait(self) -> int:
+        """Wait until it has gone; returns its exit status, or the number of the signal that ended it, negative."""
+        self.process.join(STOP_TIMEOUT_S)
+        assert self.process.exitcode is not None, f"simsrd has not gone after {STOP_TIMEOUT_S} s"
+        return self.process.exitcode
+
     def _gone(self) -> int:
         try:
-            status = self.process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-            raise
+            return self.wait()
         finally:
-            self.process.stdout.close()
+            self._output.close()
             self.api.close()
-        return status
 
     def end(self) -> None:
         """Make sure that it is gone, however."""
         if self.process is not None:
             self.process.kill()
-            self.process.wait()
-            self.process.stdout.close()
+            self.wait()
+            self._output.close()
             if self.api is not None:
                 self.api.close()
         if os.path.exists(self._log_path):
