@@ -182,6 +182,8 @@ class Client:
 
     def _unreachable(self, reason: str) -> DaemonUnreachable:
         error = DaemonUnreachable(socket=self.socket_path, reason=reason)
+        if reason == "permission denied":
+            error.hint = "It is for the user who runs simsrd: be that one, or have simsrd serve HTTPS (docs/api.md)."
         if "CERTIFICATE_VERIFY_FAILED" in reason:  # httpx passes on only the words
             error.hint = f"Name its certificate in {FINGERPRINT_VARIABLE}; 'simsr https-setup' printed it."
         return error

@@ -5,6 +5,7 @@ The certificate signs itself: who uses it knows it by its fingerprint. openssl m
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import re
@@ -55,8 +56,11 @@ def make_certificate(certificate: str, key: str, names: list[str]) -> str:
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"openssl ended with status {done.returncode}"])[-1]
         raise FileFailure(action="make the certificate", path=certificate, reason=reason)
-    with open(certificate) as file:
-        return fingerprint_of(ssl.PEM_cert_to_DER_cert(file.read()))
+    try:
+        with open(certificate) as file:
+            return fingerprint_of(ssl.PEM_cert_to_DER_cert(file.read()))
+    except ValueError:  # openssl does not notice that the disk is full
+        raise FileFailure(action="make the certificate", path=certificate, reason="openssl has not written all of it; is the disk full?") from None
 
 
 def https_setup(
@@ -76,9 +80,15 @@ def https_setup(
         for path in paths.values():
             if os.path.lexists(path):
                 raise FileFailure(action="write", path=path, reason="it exists already", hint="Choose another directory, or remove it.")
-        fingerprint = make_certificate(paths["cert.pem"], paths["key.pem"], names)
-        with open(os.open(paths["token"], os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(secrets.token_urlsafe(32) + "\n")
+        try:
+            fingerprint = make_certificate(paths["cert.pem"], paths["key.pem"], names)
+            with open(os.open(paths["token"], os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(secrets.token_urlsafe(32) + "\n")
+        except BaseException:  # a full disk, Ctrl-C: the next run must not find half of it
+            for path in paths.values():
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+            raise
     except OSError as error:
         raise FileFailure(action="write", path=error.filename or directory, reason=(error.strerror or str(error)).lower()) from None
     if as_json:

@@ -119,12 +119,12 @@ def _watch(client: Client, path: str, what: str) -> dict[str, Any]:
 # Check and salvage.
 
 
-def _not_done(context: typer.Context, error: Exception) -> typer.Exit:
+def _not_done(context: typer.Context, error: Exception, out: str = "its files") -> typer.Exit:
     session: Session = context.obj
     if session.debug:
         raise error
     if isinstance(error, OSError):
-        error = FileFailure(action="use", path=error.filename or "its files", reason=error.strerror or str(error))
+        error = FileFailure(action="use", path=error.filename or out, reason=error.strerror or str(error))
     complain(str(error), getattr(error, "hint", ""))
     return typer.Exit(NOT_DONE)
 
@@ -182,7 +182,7 @@ def salvage(
         with _progress("salvage") as show:
             report = offline.salvage(directory, out, lambda path, done, total: show(done, total))
     except (SimsrError, OSError) as error:
-        raise _not_done(context, error) from None
+        raise _not_done(context, error, out) from None
     if as_json:
         print_json(report)
     else:

@@ -28,12 +28,19 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except BrokenPipeError:
         status = BROKEN_PIPE
         _drop_output()
+    except OSError as error:  # what was printed is written last, or goes to a full disk
+        status = _report(error)
+        _drop_output()
     sys.exit(status)
 
 
 def _run(words: list[str]) -> int:
+    import os
     import signal
 
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started us
+            setattr(sys, name, open(os.devnull, "w"))
     # A KeyboardInterrupt in the middle of an import can be lost there, or leave half a module: until all is there Ctrl-C just ends us.
     interrupted = signal.getsignal(signal.SIGINT)
     if interrupted is signal.default_int_handler:
@@ -63,6 +70,8 @@ def _run(words: list[str]) -> int:
 
 def _report(error: Exception) -> int:
     """Print what went wrong and return the exit status for it."""
+    import errno
+
     from simsr.cli.output import complain
     from simsr.errors import SimsrError
 
@@ -73,6 +82,12 @@ def _report(error: Exception) -> int:
         from simsr.cli.usage import complain_about_usage
 
         return complain_about_usage(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        complain(f"cannot use {error.filename}: {error.strerror}")
+        return 1
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        complain(f"cannot write standard output: {error.strerror}", "Make room there, or send it elsewhere.")
+        return 1
     if type(error).__name__ == "Abort":  # how older versions of the parser report Ctrl-C
         return INTERRUPTED
     complain(

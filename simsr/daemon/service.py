@@ -31,6 +31,8 @@ def run_service(name: str, serve: Callable[[argparse.Namespace], Awaitable[None]
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
         hint = f"\nHint: {error.hint}" if isinstance(error, SimsrError) and error.hint else ""
-        print(f"{name}: {error}{hint}", file=sys.stderr)
+        named = isinstance(error, OSError) and error.filename is not None
+        said = f"cannot use {error.filename}: {error.strerror}" if named else error
+        print(f"{name}: {said}{hint}", file=sys.stderr)
         status = getattr(error, "exit_code", 1)
     sys.exit(status)

@@ -37,7 +37,15 @@ class TraceFiles:
             raise BadTrace(source=name, where="its name", reason="it is relative, and there is no scenario file to be relative to")
         path = os.path.join(self._directory or "/", name)
         if not os.path.isfile(path) and not glob.glob(glob.escape(path) + ".blktrace.*"):
-            raise BadTrace(source=name, where="its name", reason=f"there is no file {path}", hint="Look for a typing error, or bring the trace there.")
+            reason = f"there is no file {path}"
+            try:
+                os.stat(path)
+                reason = f"{path} is no file"
+            except PermissionError:
+                reason = f"nobody lets us look at {path}"
+            except OSError:
+                pass
+            raise BadTrace(source=name, where="its name", reason=reason, hint="Look for a typing error, or bring the trace there.")
         return path
 
     def format_of(self, name: str, format: str | None) -> str:

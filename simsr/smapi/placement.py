@@ -219,12 +219,13 @@ class Placement:
             os.symlink(wanted.link, temporary)
         else:
             handle, temporary = tempfile.mkstemp(prefix=".simsr-", dir=beside)
-            with open(handle, "wb") as file:
-                file.write(wanted.data)
-                os.fchmod(handle, 0o755 if wanted.executable else 0o644)
-                file.flush()
-                os.fsync(handle)
         try:
+            if wanted.link is None:
+                with open(handle, "wb") as file:
+                    file.write(wanted.data)
+                    os.fchmod(handle, 0o755 if wanted.executable else 0o644)
+                    file.flush()
+                    os.fsync(handle)
             os.rename(temporary, path)
         except OSError:
             os.unlink(temporary)

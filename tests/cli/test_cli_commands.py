@@ -397,6 +397,24 @@ def test_what_is_empty_or_without_effect_is_refused_by_its_name(simsr, daemon, w
     assert message in done.err.splitlines()[0]
 
 
+@pytest.mark.parametrize(
+    ("output", "status", "says"), [(">/dev/full", 1, "simsr: cannot write standard output: No space left on device\nHint: "), (">&-", 0, "")]
+)
+def test_an_output_that_takes_nothing(output, status, says):
+    command = f"{sys.executable} -m simsr.cli.main personality list {output}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == status and done.stderr.startswith(says) and done.stderr.count("\n") == (2 if says else 0)
+
+
+def test_files_that_cannot_be_used_are_named(simsr, tmp_path, monkeypatch):
+    def refuse(root, *_):
+        raise PermissionError(13, "Permission denied", root)
+
+    monkeypatch.setattr("simsr.smapi.install.Installation", refuse)
+    done = simsr("smapi", "install", "--root", str(tmp_path))
+    assert (done.status, done.err) == (1, f"simsr: cannot use {tmp_path}: Permission denied\n")
+
+
 INTERRUPTED_IMPORT = """
 import signal, sys
 class Finder:

@@ -111,6 +111,16 @@ def test_bad_names(simsr, tmp_path, name):
     assert outcome.status == 2 and "neither a host name" in outcome.err and not (tmp_path / "x").exists()
 
 
+def test_a_full_disk_leaves_nothing_that_the_next_run_would_find(simsr, tmp_path, monkeypatch):
+    """openssl then ends with 0 and an empty certificate."""
+    (tmp_path / "openssl").write_text('#!/bin/sh\nfor word; do case $last in -keyout|-out) : > "$word";; esac; last=$word; done\n')
+    (tmp_path / "openssl").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    outcome = simsr("https-setup", str(tmp_path / "made"))
+    assert outcome.status == 1 and "cert.pem: openssl has not written all of it" in outcome.err
+    assert os.listdir(tmp_path / "made") == []
+
+
 def test_without_openssl(simsr, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     outcome = simsr("https-setup", str(tmp_path / "x"))

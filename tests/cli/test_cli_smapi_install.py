@@ -344,6 +344,18 @@ def test_real_names_in_a_root_for_tests(simsr, tmp_path):
     assert done.status == 46
 
 
+def test_a_file_that_the_disk_has_no_room_for_leaves_nothing(simsr, dom0, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("simsr.smapi.placement.os.fsync", full)
+        done = simsr("smapi", "install", "--root", str(dom0))
+        assert done.status == 46 and "no space left" in done.err
+    assert not list(dom0.rglob(".simsr-*"))
+    assert simsr("smapi", "install", "--root", str(dom0)).status == 0
+
+
 # SMAPIv3.
 
 

@@ -95,6 +95,11 @@ def test_a_root_that_is_too_long_for_its_sockets(folder):
     assert "107 bytes" in refused("--root", f"{folder}/{'x' * 100}")
 
 
+def test_a_root_that_cannot_be_made():
+    done = run("--root", "/dev/null/root")
+    assert (done.returncode, done.stderr) == (1, "simsrd: cannot use /dev/null/root: Not a directory\n")
+
+
 def test_a_root_without_a_name():
     """Of a shell variable that is not set; it would mean the directory that one happens to be in."""
     assert refused("--root", "").startswith("simsrd: --root '' is not valid")
