@@ -82,6 +82,10 @@ def _report(error: Exception) -> int:
         from simsr.cli.usage import complain_about_usage
 
         return complain_about_usage(error)
+    if isinstance(error, UnicodeEncodeError):  # an argument as the system gave it to us
+        around = error.object[max(0, error.start - 20) : error.end + 20]
+        complain(f"an argument is not UTF-8: {around!r}")
+        return 2
     if isinstance(error, OSError) and error.filename is not None:
         complain(f"cannot use {error.filename}: {error.strerror}")
         return 1

@@ -58,6 +58,7 @@ def import_image(
             reason=f"it makes qemu-img read other files: {', '.join(others)}",
             hint="If you trust it, say --allow-backing.",
         )
+    client.get("/v1/srs")  # nobody there: nothing has to be taken back then
     chosen = str(uuid.uuid4())
     with _removed_unless_finished(client, chosen):
         body = {"uuid": chosen, "size_bytes": info["virtual-size"], "name": name, "sr": sr}

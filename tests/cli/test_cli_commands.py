@@ -406,6 +406,12 @@ def test_an_output_that_takes_nothing(output, status, says):
     assert done.returncode == status and done.stderr.startswith(says) and done.stderr.count("\n") == (2 if says else 0)
 
 
+@pytest.mark.parametrize("words", [["fault", "remove", "\udcff"], ["fault", "add", "--vdi", "a\udcff", "--error", "EIO"]])
+def test_arguments_that_are_not_utf_8(simsr, daemon, words):
+    done = simsr(*words)
+    assert (done.status, done.out, daemon.requests) == (2, "", []) and done.err.startswith("simsr: an argument is not UTF-8: '")
+
+
 def test_files_that_cannot_be_used_are_named(simsr, tmp_path, monkeypatch):
     def refuse(root, *_):
         raise PermissionError(13, "Permission denied", root)

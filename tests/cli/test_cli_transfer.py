@@ -346,3 +346,9 @@ def _read_all(terminal: int) -> str:
 
 if shutil.which("qemu-img") is None or shutil.which("nbdkit") is None:
     pytest.skip("needs qemu-img and nbdkit; script/setup installs them", allow_module_level=True)
+
+
+def test_an_import_without_a_daemon_speaks_of_that_only(simsr, image, tmp_path, monkeypatch):
+    monkeypatch.setenv("SIMSR_SOCKET", str(tmp_path / "nothing"))
+    done = simsr("import", str(image))
+    assert done.status == 4 and done.err.startswith("simsr: simsrd cannot be reached") and "unfinished" not in done.err
