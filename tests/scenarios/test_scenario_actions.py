@@ -1,10 +1,12 @@
 """What rules do: every action, alone and together, and the commands that change more than one request."""
 
 import errno
+import random
 
 import pytest
 from scenario_kit import GIB, KIB, MIB, MS, S, ask, disk, engine, orders
 
+from scenarios.pool import Pool
 from scenarios.request import Effect, Hang
 
 PROFILE = '[profile.p]\nlatency.all = "10ms"\n'
@@ -145,6 +147,15 @@ class TestDamage:
                 assert [end for _, end in found.value] == [length]
         sectors = -(-(offset + length) // 512) - offset // 512
         assert len(seen) == sectors - 1 if keep != "any" or sectors == 2 else len(seen) > 2
+
+    def test_torn_in_any_way(self):
+        """Each sector is there or not, but some one is and the one behind it is not."""
+        one, seen = disk(rule('op = "write"', "", 'torn = { sector = "512B", keep = "any" }')), set()
+        for _ in range(400):
+            (found,) = ask(one, "write", 0, 2048).effects
+            there = {at // 512 for start, end in found.value for at in range(start, end, 512)}
+            seen.add("".join("10"[sector not in there] for sector in range(4)))
+        assert seen == {f"{number:04b}" for number in range(16) if "10" in f"{number:04b}"}
 
     def test_a_write_in_one_sector_cannot_tear(self):
         assert effect('torn = "4KiB"', "write") is None and effect("torn = true", "write", 100, 400) is None
@@ -308,6 +319,52 @@ class TestPool:
         ask(a, "open", at=S)
         assert ("release", 1.0, {"rule": "pool:p", "error": 0}) in orders(many)
         assert ask(a, "write").hang is None
+
+    def test_any_history_against_books(self, seeds):
+        """``owned``: the chunks that each disk has to itself; ``used``: those and what only snapshots have."""
+        chunk = 64 * KIB
+        for seed in seeds(60):
+            rng, owned = random.Random(seed), {"a": set(range(3, 3 + 6)), "b": set()}
+            pool, chunks, used = Pool("p", 24 * chunk, lambda event: None, queues=False), 24, 6
+            pool.adopt("a", [(3 * chunk + 512, 5 * chunk), (3 * chunk, 512)])
+            for _ in range(40):
+                disk, op = rng.choice("ab"), rng.choice(("write", "write", "write", "trim", "trim", "snapshot", "delete", "grow"))
+                offset, length = rng.randrange(12 * chunk), rng.randrange(1, 16 * chunk)
+                error = pool.grow(chunk) if op == "grow" else pool.fate(op, disk, offset, length, 0)
+                mine, end = owned[disk], offset + length
+                if op == "grow":
+                    chunks += 1
+                elif op == "write":
+                    fresh = set(range(offset // chunk, -(-end // chunk))) - mine
+                    fits = used + len(fresh) <= chunks
+                    assert error == (None if fits else errno.ENOSPC), f"seed {seed}"
+                    mine |= fresh if fits else set()
+                    used += len(fresh) * fits
+                elif op == "snapshot":
+                    assert error == (None if used < chunks else errno.ENOSPC), f"seed {seed}"
+                    owned[disk] = mine if error else set()
+                else:  # a trim frees whole chunks
+                    gone = mine & set(range(-(-offset // chunk), end // chunk)) if op == "trim" else mine
+                    owned[disk] = mine - gone
+                    used -= len(gone)
+                assert (pool.used_bytes, pool.free_bytes) == (used * chunk, (chunks - used) * chunk), f"seed {seed}"
+
+    def test_each_edge_is_told_of_again(self):
+        events = []
+        pool = Pool("p", 4 * 64 * KIB, events.append, low_water_bytes=128 * KIB, queues=False)
+        pool.fate("write", "a", 0, 256 * KIB, 0)
+        assert events == ["pool-low", "pool-full"]
+        pool.grow(256 * KIB)
+        pool.fate("write", "a", 256 * KIB, 256 * KIB, 0)
+        assert events == ["pool-low", "pool-full"] * 2
+        pool.fill_metadata()
+        pool.fill_metadata()
+        assert events[4:] == ["pool-metadata-full"] and pool.fate("trim", "a", 0, 256 * KIB, 0) is None and not pool.free_bytes
+
+    def test_what_disks_have_already_may_fill_it(self):
+        events = []
+        Pool("p", 128 * KIB, events.append).adopt("a", [(64 * KIB, 128 * KIB)])
+        assert events == ["pool-full"]
 
     @pytest.mark.parametrize("needs_check", [True, False])
     def test_metadata_full(self, needs_check):

@@ -133,6 +133,22 @@ class TestLive:
         many.add_rule(load_rule({"action": {"delay": "1ms"}}, "x"), 0)
         assert one.applies and many.take_orders()[-1].details == {"vdi": "d", "applies": True}
 
+    def test_a_rule_of_a_phase_can_be_taken_out_of_force(self):
+        many = engine('[[phase]]\nname = "a"\n[[phase.rule]]\nname = "bad"\naction = { error = "EIO" }\n')
+        one = many.disk("d", GIB)
+        assert ask(one).error == errno.EIO
+        many.remove_rule("bad", S)
+        assert ask(one, at=S).error == 0 and not many.live_rules
+
+    def test_a_disk_without_rules_is_without_power_as_well(self):
+        many = engine('[[rule]]\nmatch = { vdi = "a" }\ntrigger = { nth = 1 }\naction = { power_cut = { scope = "host" } }\n')
+        cut, other = many.disk("a", GIB), many.disk("b", GIB)
+        assert not other.applies and ask(other) is GO
+        ask(cut, "write")
+        assert other.applies and ask(other).disconnect
+        many.power_on()
+        assert not other.applies and ask(other) is GO
+
     def test_names_are_unique_and_must_be_known(self):
         many = engine(PHASES)
         with pytest.raises(BadRequest, match="another rule"):
@@ -178,8 +194,9 @@ class TestLive:
         assert ask(one, "write", at=S).hang == Hang("b")
         assert [more["rule"] for kind, _, more in orders(many) if kind == "release"] == ["a"]
 
-    def test_dead_man_knows_errors_that_hang(self):
-        many = engine('error_as = "hang"\n[[rule]]\naction = { error = "EIO" }\n')
+    @pytest.mark.parametrize("text", ['error_as = "hang"\n[[rule]]\naction = { error = "EIO" }\n', '[[rule]]\naction = { error = "EIO", error_as = "hang" }\n'])
+    def test_dead_man_knows_errors_that_hang(self, text):
+        many = engine(text)
         assert ask(many.disk("d", GIB)).hang
         many.dead_man(0)
         assert [kind for kind, _, _ in orders(many)] == ["release"]
@@ -261,7 +278,10 @@ class TestDecisions:
         many = engine(LOGGED)
         plans = self.run(many)
         lines = list(many.decisions.lines())
-        assert self.run(engine(LOGGED, decisions=lines)) == plans
+        again = engine(LOGGED, decisions=lines)
+        assert self.run(again) == plans
+        hits = [{line["rule"]: line["hits"] for line in one.statistics()["rules"]} for one in (many, again)]
+        assert hits[0] == hits[1] and any(hits[0].values())
         without = engine(LOGGED.replace("p = 0.2", "p = 0.9").replace("every = 3", "every = 2"), decisions=lines)
         assert self.run(without) == plans, "the log decides, not the triggers"
         assert not any(plan.rules for plan in self.run(engine(LOGGED, decisions=[])))

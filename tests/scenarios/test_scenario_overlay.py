@@ -62,6 +62,19 @@ class TestEachFault:
         seen = store.read(0, 256)
         assert seen[0] == ord("N") ^ 1 and seen[1:128] == NEW[1:128] and seen[200] == OLD[200] ^ 1 and seen[201:] == OLD[201:]
 
+    def test_what_the_device_does_lies_over_what_is_wrong_with_the_data(self, store):
+        store.write(0, NEW, effect("flip", (0,), "device"))
+        store.overlay.data.patches.put(0, b"data" * 32, "r")
+        assert store.read(0, 128) == bytes([ord("N") ^ 1]) + b"ata" + b"data" * 31
+        store.write(512, NEW, effect("torn", ((0, 128),), "device") + effect("flip", (8 * 200,), "device"))
+        assert store.read(512, 256)[200] == OLD[200] ^ 1, "what is flipped is what the torn write has left"
+
+    def test_writes_that_are_too_large_to_remember_are_never_damaged(self, store, monkeypatch):
+        monkeypatch.setattr(overlay_module, "EFFECT_BYTES_MAX", 255)
+        for kind, value in (("flip", (0,)), ("lose", None), ("torn", ((0, 128),)), ("misdirect", 1024)):
+            store.write(0, NEW, effect(kind, value))
+            assert store.read(0, 256) == NEW and store.read(1024, 256) == OLD and store.overlay.is_quiet
+
     def test_misdirected_write_is_two_faults(self, store):
         store.write(0, NEW, effect("misdirect", 1024))
         assert store.read(0, 256) == OLD and store.read(1024, 256) == NEW
@@ -182,6 +195,12 @@ class TestRevert:
         assert clone.read(0, 512) == OLD + NEW
         clone.write(0, b"M" * 256)
         assert store.read(0, 512) == OLD + OLD, "each has its own from now on"
+
+    def test_a_rule_that_is_told_of_again_keeps_what_it_remembers(self, store):
+        store.overlay.keep_history(True)
+        store.write(0, NEW)
+        store.overlay.keep_history(True)
+        assert store.read(0, 256, effect("stale")) == OLD
 
     def test_stale_reads_do_not_look_past_a_revert(self, store):
         store.overlay.keep_history(True)
@@ -323,6 +342,11 @@ class TestRot:
 
 
 def test_rules_without_damage_leave_the_overlay_quiet():
+    for sticks_to in ("data", "device"):
+        damaged = Overlay("disk")
+        damaged.layer(sticks_to).patches.put(0, b"x", "r")
+        assert not damaged.is_quiet
+    assert not engine(TestBadBlocks.TEXT.replace("RATE", "0.05")).disk("d", MIB).overlay.is_quiet, "blocks are healed by writes"
     assert engine('[[rule]]\naction = { delay = "1ms" }\n').disk("d", MIB).overlay.is_quiet
     assert not engine("[[rule]]\naction = { stale = true }\n").disk("d", MIB).overlay.is_quiet
 
