@@ -20,7 +20,7 @@ class Administrator(Xapi):
             disks = [disk for disk in world.disks.values() if disk.of is None]
             if not disks or len(disks) < DISKS_MAX and rng.random() < 0.08:
                 await self._create()
-            elif rng.random() < 0.15:
+            elif rng.random() < 0.3:
                 await rng.choice((self._snapshot_together, self._revert_together, self._take_back_together))()
             else:
                 disk = rng.choice(list(world.disks.values()))

@@ -97,7 +97,7 @@ class Session:
         """(command, first sector, sectors, flags)"""
         rng, disk = self._rng, self.disk
         sectors = min(self.sectors, disk.sectors)
-        command = rng.choices((READ, WRITE, FLUSH, TRIM, ZEROES, STATUS), (30, 50, 6, 3, 5, 3))[0]
+        command = rng.choices((READ, WRITE, FLUSH, TRIM, ZEROES, STATUS), (30, 50, 15 if self.world.is_volatile else 6, 3, 5, 3))[0]
         if command not in self.commands or disk.of is not None and command in (WRITE, TRIM, ZEROES):
             command = READ
         if command == FLUSH:

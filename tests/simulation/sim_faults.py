@@ -54,9 +54,9 @@ def _power_cut(rng: random.Random) -> str:
         keep = rng.choice(("none", "all", "prefix", "p=0.5", "p=0.9"))
         torn = ', torn = "512B"' if rng.random() < 0.4 else ""
         order = f', order = "{rng.choice(("any", "completion"))}"'
-        when = rng.choice(("", f'trigger = {{ after = {{ op = "write", nth = {rng.randint(1, 30)} }} }}\n'))
+        when = rng.choice(("", f'trigger = {{ after = {{ op = "write", nth = {rng.randint(1, 80)} }} }}\n'))
         if not when:
-            parts.append(f'[[phase]]\nfor = "{rng.choice((0.1, 2, 8)) * rng.random() + 0.01:.3f}s"')
+            parts.append(f'[[phase]]\nfor = "{rng.choice((0.1, 5, 15)) * rng.random() + 0.01:.3f}s"')
         parts.append(f'[[phase]]\n[[phase.rule]]\n{when}action = {{ power_cut = {{ keep = "{keep}"{torn}{order} }} }}')
         if rng.random() < 0.5:
             parts.append(f'[[phase]]\nfor = "{rng.random() * 3 + 0.01:.3f}s"')
@@ -87,7 +87,7 @@ class _Scenario:
         draw = rng.random()
         if draw < 0.2:
             self.text, self.cuts = _power_cut(rng), True
-            self.lasts_s = rng.choice((2, 30)) * rng.random()
+            self.lasts_s = rng.choice((5, 30)) * rng.random()
         elif draw < 0.27:
             self.text = _killer(rng)
             self.lasts_s = 60 * rng.random()
@@ -118,7 +118,9 @@ async def faults(world: World, rng: random.Random) -> None:
             await trio.sleep(scenario.lasts_s)
             if rng.random() < 0.2:
                 await world.call("POST", "/v1/faults-reset")
-                await world.think(0.1)
+                world.damage_ends(scenario.damages)
+                scenario.damages = False
+                await world.think(rng.choice((0.1, 3)))
             await world.call("DELETE", "/v1/scenario")
             world.note("scenario ends")
         except Refused as error:

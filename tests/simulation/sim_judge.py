@@ -81,8 +81,10 @@ class Judge:
         """Whether a tip may go by itself: for space, because it is old, or because there are too many."""
         world = self.world
         sr = world.srs[tip.sr]
-        others = sum(one.is_tip and one.of == tip.of for one in world.disks.values())
-        return sr.is_limited or trio.current_time() - world.born_s[tip.uuid] >= sr.tips_hours * 3600 - 1 or others > sr.tips_max
+        tips = [one.uuid for one in world.disks.values() if one.is_tip and one.of == tip.of]  # in the order in which they were made
+        younger = sum(world.born_s[one] >= world.born_s[tip.uuid] for one in tips)
+        too_many = max(younger, len(tips) - tips.index(tip.uuid)) > sr.tips_max
+        return sr.is_limited or trio.current_time() - world.born_s[tip.uuid] >= sr.tips_hours * 3600 - 1 or too_many
 
     def check_list(self) -> None:
         """What is there is what must be."""

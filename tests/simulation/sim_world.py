@@ -89,7 +89,7 @@ class World:
         self.is_down = self._is_examined = False
         self.faulty, self.damaging = 0, 0  # scenarios in force
         self.faulty_until = self.damaged_until = -1
-        self._volatile_from: int | None = None  # since when a scenario is in force that may cut the power of disks
+        self._volatile_from: int | None = None  # since when `is_volatile`
         self._is_cut = False
         self._tempo, self._phase_ended = 1.0, trio.Event()
         self.life_began_s = self.busy_s = self.simulated_s = 0.0
@@ -120,10 +120,21 @@ class World:
         if self.is_down:
             await trio.sleep_forever()
 
+    @property
+    def is_volatile(self) -> bool:
+        """Whether a scenario is in force that may cut the power of disks."""
+        return self._volatile_from is not None
+
     async def think(self, seconds: float) -> None:
-        """Do nothing for a while, which is longer or shorter as the times are."""
-        with trio.move_on_after(seconds * self._tempo):
-            await (self._phase_ended.wait() if self._tempo > 1 else trio.sleep_forever())
+        """Do nothing for a while, which is longer or shorter as the times are; everybody is busy while the power of disks may fail."""
+        tempo = 1.0 if self.is_volatile else self._tempo
+        with trio.move_on_after(seconds * tempo):
+            await (self._phase_ended.wait() if tempo > 1 else trio.sleep_forever())
+
+    def _wake(self) -> None:
+        """Nobody goes on thinking as long as it was meant."""
+        ended, self._phase_ended = self._phase_ended, trio.Event()
+        ended.set()
 
     def new_value(self, sector: int) -> int:
         self._values += 1
@@ -169,6 +180,7 @@ class World:
         self.damaging += damages
         if cuts:
             self._volatile_from, self._is_cut = began, False
+            self._wake()  # a cut behind which nobody has written says nothing
             for disk in self.disks.values():
                 disk.content.lose_from(began)
         return began
@@ -182,14 +194,18 @@ class World:
     def scenario_ends(self, damages: bool, cuts: bool, began: int) -> None:
         now = self.tick()
         self.faulty -= 1
-        self.damaging -= damages
         self.faulty_until = now
-        if damages:
-            self.damaged_until = now
+        self.damage_ends(damages)
         if cuts:
             self._volatile_from = None
             for disk in self.disks.values():
                 disk.content.lose_no_more(began, now)
+
+    def damage_ends(self, damages: bool) -> None:
+        """From now on all data must be right again."""
+        self.damaging -= damages
+        if damages:
+            self.damaged_until = self.tick()
 
     # A seed.
 
@@ -286,8 +302,8 @@ class World:
     async def _go_through(self, plan: list[tuple[str, float]]) -> None:
         for name, lasts_s in plan:
             self.note(f"a phase begins: {name}, {lasts_s:.4f} s")
-            ended, self._tempo, self._phase_ended = self._phase_ended, _TEMPO[name], trio.Event()
-            ended.set()
+            self._tempo = _TEMPO[name]
+            self._wake()
             await trio.sleep(lasts_s)
         self._end()
 
