@@ -107,7 +107,7 @@ def _listeners(arguments: argparse.Namespace, host: Host, passed: list[socket.so
         try:
             sock = listen_tcp(*split_address("--nbd-tcp", arguments.nbd_tcp))
         except OSError as error:
-            raise BadRequest(what=what, reason=str(error)) from None
+            raise BadRequest(what=what, reason=error.strerror or str(error)) from None
         _refuse_without_tls(what, sock, host)
         listeners.append(sock)
         tcp = "{}:{}".format(*sock.getsockname()[:2])

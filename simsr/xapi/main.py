@@ -102,7 +102,7 @@ def _listen_tcp(text: str) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
     except OSError as error:
-        raise BadRequest(what=what, reason=str(error)) from None
+        raise BadRequest(what=what, reason=error.strerror or str(error)) from None
     if not (str(address[0]).startswith("127.") or address[0] == "::1"):
         raise BadRequest(what=what, reason="there is no TLS, so only loopback addresses are served; tunnel it (ssh -L)")
     return _listen(family, address)
