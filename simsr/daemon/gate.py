@@ -99,10 +99,14 @@ class Gated:
             vars(self).pop(name, None)
         vars(self).update(self._behind)
 
-    @asynccontextmanager
-    async def _passing(self) -> AsyncIterator[None]:
+    async def passed(self) -> None:
+        """Wait until no gate is closed. Raises OSError if one fails instead."""
         while self._gate is not None:
             await self._gate.passed()
+
+    @asynccontextmanager
+    async def _passing(self) -> AsyncIterator[None]:
+        await self.passed()
         self.under_way += 1
         try:
             yield

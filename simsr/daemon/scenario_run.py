@@ -67,6 +67,7 @@ class _Attached:
         self.vdi, self.rules, self.is_measured = vdi, rules, is_measured
         self.cache = WriteCache(each_write)
         self.lock = trio.Lock()
+        self.resets = 0  # times that all of its content was replaced
         self.disks: dict[Disk, ScriptedDisk] = {}
         self._clients: set[tuple[str, str]] = set()  # of attachments that have ended
 
@@ -200,6 +201,7 @@ class ScenarioRun:
             attached.rules.overlay.take_over(layer)
             attached.rules.resize(attached.vdi.size_bytes)
             attached.cache.clear()
+            attached.resets += 1
             self._script(attached)
         elif layer is not None:
             self._layers[sr, ident] = layer.frozen()
@@ -315,9 +317,9 @@ class ScenarioRun:
                 continue
             draws = Draws(details["seed"], details["rule"], attached.rules.key, "cut", details["number"])
             async with attached.lock:
-                pieces = attached.cache.cut(details["keep"], draws, details["torn"], details["order"])
+                pieces, resets = attached.cache.cut(details["keep"], draws, details["torn"], details["order"]), attached.resets
                 try:
-                    await self._store(attached.vdi, pieces)
+                    await self._store(attached.vdi, pieces, lambda: attached.resets != resets)
                     log.info("power cut of VDI %s: %d pieces differ", name, len(pieces))
                 except NotFound:
                     pass  # it was deleted: nobody will ask what it has lost
@@ -325,10 +327,14 @@ class ScenarioRun:
                     log.error("power cut of VDI %s: what it loses is there still, in part or wholly: %s", name, error)
         self.cuts += 1
 
-    async def _store(self, vdi: Vdi, pieces: list[tuple[int, bytes]]) -> None:
+    async def _store(self, vdi: Vdi, pieces: list[tuple[int, bytes]], is_stale: Callable[[], bool] = lambda: False) -> None:
+        """Write ``pieces``, unless they are about content that a revert has taken away meanwhile: what is reverted to loses nothing."""
         disk = self._make_disk(vdi)
         try:
             for offset, data in pieces:
+                await disk.passed()
+                if is_stale():
+                    return
                 batch = [(offset, len(data), memoryview(data))]
                 if not disk.write(batch):
                     await disk.write_rest(batch, 0)

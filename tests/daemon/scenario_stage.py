@@ -24,6 +24,11 @@ class RamDisk:
         self.content, self.scripted, self.tap, self.client_kind = content, None, None, "qemu"
         self.each_write_durable = False
         self.flushes = 0
+        self.opened = trio.Event()  # its gate
+        self.opened.set()
+
+    async def passed(self):
+        await self.opened.wait()
 
     def read(self, batch):
         for offset, view in batch:

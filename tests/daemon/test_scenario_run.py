@@ -328,6 +328,20 @@ class TestPowerCut:
             await self.cut(here, disk)
             assert not any(below.content) and here.play.cuts == 1
 
+    async def test_what_is_reverted_to_loses_nothing(self, autojump_clock):
+        """The power fails while a revert keeps the gate of the disk closed: what it loses is of the content that goes."""
+        async with stage(self.CUT.format(nth=2, keep='"none"')) as here:
+            disk, below = here["one"], here.disks["one"]
+            await disk.write("write", 0, 512, b"a" * 512, False)
+            below.opened = trio.Event()
+            await self.cut(here, disk)
+            assert here.play.cuts == 0, "it waits at the gate"
+            below.content[:] = b"s" * len(below.content)
+            here.play.committed("sr", [Reset(1, 7)])
+            below.opened.set()
+            await trio.sleep(1)
+            assert here.play.cuts == 1 and bytes(below.content) == b"s" * len(below.content)
+
     async def test_what_cannot_be_written_is_not_lost_and_the_scenario_goes_on(self, autojump_clock):
         """The SR is full, say."""
         async with stage(self.CUT.format(nth=2, keep='"none"')) as here:
