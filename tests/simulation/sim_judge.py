@@ -135,6 +135,7 @@ class Judge:
         world, sr = self.world, self.world.srs[uuid]
         read = [(world.disks[uuid], values) for uuid, values in sorted(found.items())]
         for disk, values in read:
+            disk.content.held = sr.horizon
             if wrong := disk.content.wrong(values, sr.horizon + 1):
                 raise Failure(f"after the start {disk.uuid}{' (a node)' if disk.of else ''}, horizon {sr.horizon}: {wrong}")
         evident = max([sr.horizon, *(d.content.newest(values, sr.horizon + 1) for d, values in read if d.of is None)])

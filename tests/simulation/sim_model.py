@@ -54,10 +54,11 @@ def sectors_of(data: bytes) -> list[int | None]:
     return found
 
 
-def _allowed(versions: list[Version], moment: int) -> list[Version]:
+def _allowed(versions: list[Version], moment: int, held: int = -1) -> list[Version]:
+    """``held``: see `Content`."""
     if len(versions) == 1:
         return versions
-    floor = max((one.issue for one in versions if one.certain and one.end < moment), default=-1)
+    floor = max((one.issue for one in versions if one.certain and (one.end < moment or one.stable and one.issue <= held)), default=-1)
     return [one for one in versions if one.end >= floor]
 
 
@@ -73,12 +74,14 @@ def _different(versions: Iterable[Version]) -> list[tuple[int, int]]:
 
 
 class Content:
-    """The versions of all sectors. While there is a volatile cache, ``stable_until`` says what a flush of it covers; ``is_cut``: its power failed."""
+    """The versions of all sectors. While there is a volatile cache, ``stable_until`` says what a flush of it covers; ``is_cut``: its power failed.
+    ``held``: what is stable by itself and was issued by then is there after a crash, although it was answered later."""
 
     def __init__(self, versions: list[list[Version]]) -> None:
         self.versions = versions
         self.stable_until: int | None = None
         self.is_cut = False
+        self.held = -1
 
     @classmethod
     def of(cls, values: Iterable[int], moment: int) -> Content:
@@ -91,7 +94,7 @@ class Content:
         """What whoever asks at ``moment`` may find there."""
         if self.is_cut and self.stable_until is not None:
             return _allowed_weakly(self.versions[sector], moment, self.stable_until)
-        return _allowed(self.versions[sector], moment)
+        return _allowed(self.versions[sector], moment, self.held)
 
     def may_be(self, sector: int, moment: int, value: int | None, coming: Content | None = None) -> bool:
         for one in self.allowed(sector, moment):
@@ -126,9 +129,9 @@ class Content:
     def copy(self) -> Content:
         return Content([list(versions) for versions in self.versions])
 
-    def take_over(self, other: Content, issue: int, end: int, certain: bool = True) -> None:
+    def take_over(self, other: Content, issue: int, end: int, certain: bool = True, stable: bool = True) -> None:
         """This became ``other`` between ``issue`` and ``end``; what was written at the same time may have come before or after."""
-        new = [[Version(issue, end, value, certain, True, origin) for value, origin in _different(one)] for one in other.versions]
+        new = [[Version(issue, end, value, certain, stable, origin) for value, origin in _different(one)] for one in other.versions]
         if certain:
             del self.versions[len(new) :]
         for versions, more in zip(self.versions, new):

@@ -76,7 +76,8 @@ class Xapi(Reverts):
             return
 
         def apply(op: Op, end: int, result: object) -> None:
-            disk.content.take_over(disk.base, op.issue, op.issue if result is None else end, certain=result is not None)
+            at, is_sure = op.issue if result is None else end, result is not None
+            disk.content.take_over(disk.base, op.issue, at, certain=is_sure, stable=False)  # a crash may take it back
 
         op = Op(self.world, "epoch", disk.sr, [disk.uuid], lambda: True, apply, is_evident=False, flushes=False)
         disk.coming = disk.base
