@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import trio
 from nbd_wire import DISC, FLUSH, FUA, READ, STATUS, TRIM, WRITE, ZEROES, Reply, ReplyReader, extended_request
 from nbd_wire import request as simple_request
-from nbd_wire import set_meta_context, shake_hands_bytes
+from nbd_wire import shake_hands_bytes
 from sim_machine import Failure, SimChannel, Socket
 from sim_model import NEVER, SECTOR, Disk, Version, payload, sectors_of
 

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from sr_kit import BLOCK, World, content, fill, put, unchanged, zero
+from sr_kit import BLOCK, fill, put, unchanged, zero
 
 from simsr.errors import BadRequest, CbtSizes, NoChangedBlocks, WrongKind
 from simsr.sr.repository import Repository

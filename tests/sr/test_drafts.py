@@ -17,7 +17,6 @@ from simsr.store.births import WINDOW_UNITS, table_bytes
 from simsr.store.check import Check
 from simsr.store.memory import MemoryDirectory
 from simsr.store.segments import State
-from simsr.store.store import Store
 from simsr.store.units import UNIT_BYTES
 
 
