@@ -9,6 +9,7 @@ from array import array
 
 from store_kit import disk, squeeze
 
+from simsr.daemon.main import GC_THRESHOLDS
 from simsr.store.layout import BLOCK, START_SHIFT, Geometry
 from simsr.store.memory import MemoryDirectory
 from simsr.store.node_table import MapMemory
@@ -56,6 +57,7 @@ def bench() -> None:
         store, first, second = sparse_pair(blocks, every, 1000)
         gc.collect()
         gc.freeze()
+        gc.set_threshold(*GC_THRESHOLDS)
         print(f"4 TiB, one block mapped in every {every * BLOCK >> 20} MiB, 1000 changed:")
         for memory in ("dirty", "clean", "cold"):
             if memory == "clean":
