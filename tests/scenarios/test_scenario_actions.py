@@ -180,6 +180,7 @@ class TestDamage:
         by = 'misdirect = { by = "64KiB" }'
         assert effect(by, "write", 0).value == 64 * KIB and effect(by, "write", GIB - 4096).value == GIB - 4096 - 64 * KIB
         assert effect(by, "write", 0, size_bytes=64 * KIB) is None, "nowhere to go"
+        assert effect(by, "write", 0, length=4096, size_bytes=68 * KIB).value == 64 * KIB, "the very end is a place"
 
     def test_stale(self):
         assert effect("stale = true", "read") == Effect("stale", "rule-1", "data")

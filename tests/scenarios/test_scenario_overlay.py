@@ -421,7 +421,10 @@ def test_random_histories_against_a_model(seeds):
 
 def test_layers_keep_their_places_apart():
     layer = Layer("a")
-    layer.healed["r"] = {1}
+    layer.healed["r"], layer.healed_rate["r"] = {1}, 0.25
     copy = layer.frozen()
     layer.healed["r"].add(2)
-    assert copy.healed == {"r": {1}}
+    layer.healed_rate["r"] = 0.5
+    assert copy.healed == {"r": {1}} and copy.healed_rate == {"r": 0.25}
+    layer.become(copy)
+    assert layer.healed_rate == {"r": 0.25}, "what was healed before a snapshot is healed after a revert to it"
