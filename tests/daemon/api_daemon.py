@@ -102,7 +102,8 @@ def check_error(response: httpx.Response, code: str, status: int | None = None) 
     cls = getattr(errors, code)
     assert response.status_code == (status or cls.http_status)
     assert (error["exit_code"], error["sm_fault"], error["xenapi_code"]) == (cls.exit_code, cls.sm_fault, cls.xenapi_code)
-    assert error["hint"] == cls.hint and error["message"] and "Traceback" not in error["message"]
+    hint = "docs/api.md and /openapi.json list what there is." if error["details"].get("kind") == "API path" else cls.hint
+    assert error["hint"] == hint and error["message"] and "Traceback" not in error["message"]
     json.dumps(error["details"], allow_nan=False)
     return error
 
