@@ -238,7 +238,7 @@ def test_everything_goes_on_beside_a_checkpoint(between, seeds, note, monkeypatc
         monkeypatch.setattr(ckpt, "_PAGE_ROWS", 4)
         monkeypatch.setattr(ckpt, "_PIECE_BYTES", 100)
     moved = everythings = 0
-    for seed in seeds(20):
+    for runs, seed in enumerate(seeds(20), 1):
         rng = random.Random(seed)
         directory, store = make(memory=some_memory(rng))
         witness = Witness()
@@ -273,7 +273,7 @@ def test_everything_goes_on_beside_a_checkpoint(between, seeds, note, monkeypatc
                 look_at_survivors(directory, store, witness)
             driver.end_jobs()
             driver.compare()
-    assert moved > 20 and everythings > 10
+    assert moved >= runs - 3 and everythings >= 2 * runs, "about two nodes a run; some runs have none to move"
 
 
 def look_at_survivors(directory: MemoryDirectory, store: Store, witness: Witness) -> None:
@@ -286,6 +286,31 @@ def look_at_survivors(directory: MemoryDirectory, store: Store, witness: Witness
         assert store.log.durable_seq <= after.log.seq <= store.log.seq
         witness.compare(after)
         after._check()
+
+
+@pytest.mark.parametrize("everything_anew", [False, True])
+def test_what_a_reader_held_during_a_checkpoint_is_free_after_a_crash(everything_anew, monkeypatch):
+    """The reader ends with the process; a count that outlived it would keep the blocks of a deleted disk for ever."""
+    monkeypatch.setattr(store_module, "TABLE_SLACK_BYTES", -1 << 30 if everything_anew else 1 << 20)
+    directory, store = make()
+    for first_tag in (1, 100, 200):
+        fill(disk(store, 64), first_tag)
+    store.checkpoint()
+    for volume in store.volumes.values():
+        put(volume, 0, content(300))
+    with store.table.waiting():
+        store.table.pin(store.volumes[2].map.root)
+        store.table.pin(store.volumes[3].map.root)
+        job = store.begin_checkpoint()
+        assert job.everything == everything_anew
+        store.run_checkpoint(job)
+        store.end_checkpoint(job)
+    store = Store.open(directory.after_kill())
+    store._check()
+    store.commit([Delete(2)])
+    with store.table.waiting():
+        store.reap()
+    assert store.statistics()["live_bytes"] == 2 * 64 * BLOCK
 
 
 def test_only_one_checkpoint_at_a_time():

@@ -10,7 +10,8 @@ import test_store_crash
 from store_kit import TINY, Driver, Witness, content, cut, disk, everything, make, paged, put, squeeze, write
 
 from simsr.errors import NoSpace, StoreDamaged
-from simsr.store import layout
+from simsr.store import cleaner, layout
+from simsr.store.contents import records_in
 from simsr.store.layout import BLOCK, Geometry
 from simsr.store.memory import MemoryDirectory
 from simsr.store.segments import Segment, State, segment_name
@@ -241,6 +242,25 @@ def test_a_damaged_summary_is_a_torn_tail_or_damage():
     directory.flip(segment_name(into.slot), place)
     with pytest.raises(StoreDamaged, match="summary"):
         Store.open(directory.after_kill())
+
+
+@pytest.mark.parametrize("geometry", [TINY, Geometry(64, 1, 2)], ids=["by its blocks", "by its records"])
+def test_a_segment_of_survivors_may_be_full_in_two_ways(geometry: Geometry, monkeypatch):
+    """With batches of one block the record area may be the first to be full. The next segment goes on, and no record is wasted."""
+    monkeypatch.setattr(cleaner, "BATCH_BLOCKS", 1)
+    directory, store, held = aged(blocks=120, geometry=geometry)
+    clean_all(store)
+    found = []
+    for segment in store.pool.by_slot:
+        if segment is not None and segment.survivors and segment is not store.cleaner.into:
+            area = memoryview(bytearray(geometry.record_area_bytes))
+            segment.file.pread(area, 0)
+            found.append([len(layout.Moves.unpack(record.payload)) for _, record in records_in(area, segment.salt)])
+    record = len(layout.pack_record(layout.SUMMARY, 1, 0, 0, 0, 0, 0, bytes(8 + layout.MOVE_BYTES))[0])
+    capacity = min(store.pool.data_blocks, (geometry.record_area_bytes - layout.HEADER_BYTES) // record)
+    assert found and all(set(counts) == {1} and len(counts) == capacity for counts in found), found
+    store._check()
+    assert everything(the_disk(store)) == held == everything(the_disk(Store.open(directory.after_kill())))
 
 
 def test_a_full_segment_is_looked_at_once():

@@ -114,7 +114,7 @@ def ruin(directory: MemoryDirectory, rng: random.Random) -> str:
 def test_damage_of_every_kind(clean, seeds, note):
     """One to three places of a store that may have been closed, killed, cleaned."""
     outcomes = {"nothing lost": 0, "lost": 0, "rebuilt": 0}
-    for seed in seeds(10):
+    for runs, seed in enumerate(seeds(10), 1):
         image, store, witness = driven(seed, clean)
         rng = random.Random(seed)
         for _ in range(15):
@@ -128,7 +128,7 @@ def test_damage_of_every_kind(clean, seeds, note):
                 assert seq >= store.log.durable_seq or salvage.rescued.is_older or gone
                 outcomes["lost" if lost else "nothing lost"] += 1
                 outcomes["rebuilt"] += any("rebuilt from" in text for text in salvage.notes)
-    assert all(count > 5 for count in outcomes.values()), outcomes
+    assert all(count >= runs // 3 for count in outcomes.values()), outcomes
 
 
 def test_a_whole_store_is_salvaged_whole(seeds):
@@ -308,6 +308,26 @@ def test_a_damaged_header_in_the_tail_costs_nothing():
                 salvage, files = salvaged(damaged)
                 assert files[1][0] == held[1] and not salvage.rescued.is_older
                 assert any("its records tell" in note for note in salvage.notes)
+
+
+def test_a_damaged_header_of_an_earlier_life_is_told_by_its_neighbours():
+    """Log indexes make a leap at every opening; what was written before it is as good to rebuild from as what came after."""
+    directory, store = a_store(90)
+    store.close()
+    store = Store.open(directory)
+    put(store.volumes[1], 0, content(300))
+    store.checkpoint()
+    held, table = truth(store), store.table
+    name, _ = place_of(store.volumes[2], 4)
+    with table.waiting():
+        leaf = dict(store.volumes[2].map.leaves())[1]
+    directory = directory.after_kill()
+    directory.flip(map_name(table.file[leaf]), table.offset[leaf])
+    directory.flip(name, 33)
+    salvage, files = salvaged(directory)
+    assert {ident: data for ident, (data, _) in files.items()} == held
+    assert any("its records tell" in note for note in salvage.notes)
+    assert any("rebuilt from the records" in note for note in salvage.notes)
 
 
 def test_a_block_that_was_moved_has_a_second_copy():

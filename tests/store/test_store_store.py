@@ -124,7 +124,9 @@ def test_opening_without_room_for_a_checkpoint(step):
     """What is on a full disk must be readable. The checkpoint waits, and nothing that was there is lost, however often."""
     directory, store = make()
     volume = disk(store, 4)
-    put(volume, 0, content(1))
+    for tag in range(70):  # of most segments only the records are needed
+        put(volume, 0, content(tag))
+    assert store.pool.dead()
     directory = directory.after_kill()
 
     def on_step(what: str) -> None:
