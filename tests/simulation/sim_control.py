@@ -40,6 +40,7 @@ class Op:
         self.error: Refused | None = None  # with which it was refused
         self.unsure: list[Disk] = []  # whose content may be the old or the new one, as long as there is no answer
         self.families = {world.disks[uuid].family if uuid in world.disks else uuid for uuid in uuids}
+        self.needs = [world.disks[uuid] for uuid in uuids if uuid in world.disks]  # without them it cannot be done
         self.issue = world.tick()
         self.at_s = trio.current_time()
 
@@ -119,7 +120,8 @@ class Actions:
     def _accept(self, op: Op, error: Refused, expected: tuple[type[SimsrError], ...]) -> None:
         """An operation that failed must have had a reason, and changed nothing."""
         world = self.world
-        allowed = (VdiInUse, *expected, *((InjectedFault,) if world.is_faulty(op.issue) else ()))
+        is_gone = any(disk.is_tip and world.judge.may_go(disk) for disk in op.needs)  # by itself, while it was asked for
+        allowed = (VdiInUse, *expected, *((InjectedFault,) if world.is_faulty(op.issue) else ()), *((NotFound,) if is_gone else ()))
         if not issubclass(error.kind, (*allowed, *((NoSpace,) if world.srs[op.sr].is_limited else ()))):
             raise Failure(f"{op} failed without a reason: {error}") from error
         if op.is_evident and op.happened():
@@ -195,11 +197,7 @@ class Actions:
 
         world = self.world
         op = Op(world, "pin", tip.sr, [tip.uuid], lambda: tip.uuid in world.mounted(tip.sr).repository.vdis, apply)
-        await self._perform(op, "POST", f"/v1/vdis/{tip.uuid}/pin", {"name": "pinned"}, self.tip_gone(tip))
-
-    def tip_gone(self, tip: Disk) -> tuple[type[SimsrError], ...]:
-        """A tip may go by itself while it is asked for."""
-        return (NotFound,) if tip.is_tip and self.world.judge.may_go(tip) else ()
+        await self._perform(op, "POST", f"/v1/vdis/{tip.uuid}/pin", {"name": "pinned"})
 
     async def _compose(self, disk: Disk) -> None:
         """Lay a disk over a snapshot of its own family; blocks that hold only zeros show the parent's."""

@@ -123,13 +123,13 @@ class Reverts(Actions):
 
         incomplete = is_group and len(nodes) != node.group.count
         destroyed = any(one.is_destroyed for one in nodes)
-        expected = [ShrinkRefused, AmbiguousTip, *([NotFound] if more["discard"] or more["prune"] else []), *self.tip_gone(node)]
+        expected = [ShrinkRefused, AmbiguousTip, *([NotFound] if more["discard"] or more["prune"] else [])]
         expected += [GroupChanged] * incomplete + [WrongKind] * destroyed
         kind = f"{'group ' if is_group else ''}revert ({mode}, {node.uuid[:8]}, {[key for key, on in more.items() if on]})"
         await self._change(
             disks, kind, f"{node.uuid}/revert", {"mode": mode, "group": is_group, **more}, apply_one, tuple(expected),
             coming=[one.content if mode != COMMIT else None for one in nodes], unsure=nodes if mode == COMMIT else [],
-            must_fail=incomplete or destroyed,
+            must_fail=incomplete or destroyed, needs=nodes,
         )  # fmt: skip
 
     def _go_back(
@@ -205,7 +205,7 @@ class Reverts(Actions):
 
     async def _change(
         self, disks: list[Disk], kind: str, path: str, body: dict[str, Any], apply_one: Callable, expected: tuple,
-        refused: Callable[[], None] = lambda: None, *, coming: Sequence[Content | None], unsure: Sequence[Disk], must_fail: bool,
+        refused: Callable[[], None] = lambda: None, *, coming: Sequence[Content | None], unsure: Sequence[Disk], must_fail: bool, needs: Sequence[Disk] = (),
     ) -> None:  # fmt: skip
         world, rng = self.world, self._rng
         gens = {disk.uuid: self._vdi(disk).gen for disk in disks}
@@ -229,7 +229,7 @@ class Reverts(Actions):
         held = any(disk.hosts for disk in disks) and live is None and body.get("mode") in (RESET, FOLLOW)
         name = f"{kind}{f', live={live}' if live else ''}"
         op = Op(world, name, disks[0].sr, list(gens), lambda: any(map(has_changed, disks)), apply)
-        op.unsure = list(unsure)
+        op.unsure, op.needs = list(unsure), [*op.needs, *needs]
         for disk, content in zip(disks, coming):
             disk.coming, disk.reverting = content, live
         more = {"live": live, "live_ms": live_ms, **({"op_id": op_id} if op_id else {})}

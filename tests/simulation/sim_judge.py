@@ -78,8 +78,10 @@ class Judge:
     # What there is.
 
     def may_go(self, tip: Disk) -> bool:
-        """Whether a tip may go by itself: for space, because it is old, or because there are too many."""
+        """Whether a tip may go by itself: for space, because it is old, or because there are too many; or has gone."""
         world = self.world
+        if tip.uuid not in world.disks:
+            return True
         sr = world.srs[tip.sr]
         tips = [one.uuid for one in world.disks.values() if one.is_tip and one.of == tip.of]  # in the order in which they were made
         younger = sum(world.born_s[one] >= world.born_s[tip.uuid] for one in tips)
