@@ -345,7 +345,6 @@ class Cleaner:
         moves, table = Moves.unpack(record.payload), self._table
         self._pool.by_slot[slot].last_seq = record.seq
         place = slot << self._pool.geometry.segment_shift | record.data_block
-        table.usage.reserve(slot)
         for index, (family, block, old, sum_) in enumerate(zip(moves.families, moves.blocks, moves.old, moves.crcs)):
             at = block & (table.fanout - 1)
             holders = [

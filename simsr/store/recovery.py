@@ -41,7 +41,7 @@ class Tail:
     records: list[tuple[Segment, Record]]
     end: Position  # where the log goes on: in a fresh segment
     dropped_records: int
-    cut_short: bool = False  # what had been flushed is not all there, and that was tolerated
+    cut_short: bool  # what had been flushed is not all there, and that was tolerated
 
 
 class Scan:

@@ -133,11 +133,9 @@ class Store:
 
     @classmethod
     def create(
-        cls, directory: Directory, uuid: bytes, geometry: Geometry | None = None, meta: dict | None = None,
-        memory: MapMemory | None = None,
-    ) -> Store:  # fmt: skip
+        cls, directory: Directory, uuid: bytes, geometry: Geometry, meta: dict | None = None, memory: MapMemory | None = None
+    ) -> Store:
         """Make an empty store in ``directory``, which must hold none. Raises `StoreError`, `StoreLocked`, OSError."""
-        geometry = geometry or Geometry()
         if not geometry.valid():
             raise StoreError(path=directory.path, reason=f"{geometry} is not a valid geometry")
         directory.lock()
@@ -269,7 +267,6 @@ class Store:
         for segment, record in tail.records:
             if record.kind == layout.EXTENTS:
                 extents, crcs = layout.unpack_extents(record.payload)
-                self.usage.reserve(segment.slot)
                 self.volumes[record.volume].apply(extents, crcs, segment.slot << shift | record.data_block)
             elif record.kind == layout.COMMIT:
                 self._apply(decode_ops(record.payload))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from checkpoint_kit import fill, map_files, newest, nodes_of, table_sizes
 from store_kit import (
+    Kill,
     Slices,
     Witness,
     content,
@@ -117,6 +118,34 @@ def test_many_small_map_files_are_merged(monkeypatch):
     for after in (Store.open(directory.after_kill()), Store.open(cut(directory))):
         assert everything(after.volumes[1]) == held
         after._check()
+
+
+def test_map_files_of_earlier_lives_are_removed():
+    """Also those of a checkpoint that was cut short: they belong to nobody."""
+    directory, store = make()
+    fill(disk(store, 64), 1)
+    store.close()
+    store = Store.open(directory)
+    fill(store.volumes[1], 100)
+
+    def on_step(what: str) -> None:
+        if what.startswith("write super"):
+            raise Kill
+
+    directory.on_step = on_step
+    with pytest.raises(Kill):
+        store.checkpoint()
+    directory = directory.after_kill()
+    before = set(map_files(directory))
+    store = Store.open(directory)
+    fill(disk(store, 64), 200)
+    store.commit([Delete(1)])
+    with store.table.waiting():
+        store.reap()
+    for _ in range(2):
+        store.checkpoint()
+    assert len(before) == 2 and not before & set(map_files(directory))
+    assert store.statistics()["map_bytes"] == sum(map_files(directory).values()) + sum(table_sizes(directory).values())
 
 
 def littered(store: Store, volumes: int = 1) -> None:

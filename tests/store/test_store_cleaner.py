@@ -281,6 +281,25 @@ def test_a_full_segment_is_looked_at_once():
     assert store.cleaner._is_worth_it(full), "it has changed since"
 
 
+def test_a_segment_whose_count_is_full_by_chance_is_looked_at():
+    """Half of it is garbage, and the other half counts twice."""
+    _, store = make()
+    volume = disk(store, 40)
+    for block in range(31):
+        put(volume, block * BLOCK, content(block))
+    (full,) = sealed(store)
+    write(volume, [(17 * BLOCK, 14 * BLOCK, None)])
+    store.reap()
+    snapshot = disk(store, 40, volume.ident)
+    for block in range(0, 17, 4):
+        put(volume, block * BLOCK, content(500 + block))
+    assert store.usage.live[full.slot] == 17 + 4 * 3 == store.pool.data_blocks - 1
+    assert store.cleaner._is_worth_it(full)
+    finish(store.cleaner.clean(full))
+    assert store.cleaner.blocks_moved == 17 and not store.usage.live[full.slot]
+    assert everything(snapshot)[: 17 * BLOCK] == b"".join(content(block) for block in range(17))
+
+
 def test_an_sr_with_a_limit_goes_on_for_ever_and_says_when_it_is_full():
     """70 % of it in use: endless overwrites never find it full. All of it in use: refused, and again possible after a deletion."""
     directory, store = make()
@@ -338,6 +357,67 @@ def test_cleaning_begins_at_the_low_mark_and_ends_at_the_high_one():
     freed[-1].state = State.SPARE
     pool.spares.append(freed[-1])
     assert cleaner.free_segments(64) >= high - 1 and (cleaner.free_segments(64) < high or not cleaner.wanted)
+
+
+def leave_one_spare(directory: MemoryDirectory, store: Store) -> None:
+    directory.room_bytes = 0
+    while store.pool.remove_spare():
+        pass
+
+
+def by_live(store: Store) -> list[Segment]:
+    return sorted(sealed(store), key=lambda segment: store.usage.live[segment.slot])
+
+
+def test_the_last_spare_is_for_deleting_while_a_checkpoint_can_give_others():
+    directory, store, held = aged(blocks=120)
+    victims = by_live(store)
+    finish(store.cleaner.clean(victims[0]))
+    leave_one_spare(directory, store)
+    assert store.pool.dead() == [victims[0]]
+    with pytest.raises(NoSpace):
+        for victim in victims[1:]:
+            finish(store.cleaner.clean(victim))
+    assert len(store.pool.spares) == 1 and not any(victim.pins for victim in victims)
+    for _ in range(2):
+        store.checkpoint()
+        finish(store.cleaner.clean(by_live(store)[0]))
+    store._check()
+    assert everything(the_disk(store)) == held == everything(the_disk(Store.open(directory.after_kill())))
+
+
+@pytest.mark.parametrize("log_is_full", [False, True])
+def test_the_last_spare_is_for_the_cleaner_if_nothing_else_gives_one(log_is_full: bool):
+    """For survivors, or for the log when there is no room in it for the record that tells of them."""
+    directory, store, held = aged(blocks=120)
+    if log_is_full:
+        finish(store.cleaner.clean(by_live(store)[0]))
+        store.checkpoint()
+    leave_one_spare(directory, store)
+    assert not store.pool.dead()
+    if log_is_full:
+        while store.log.room(freeing=True)[1] >= layout.RECORD_BYTES + 16:
+            store.log.append(layout.MARK, 0, b"")
+    (spare,) = store.pool.spares
+    victim = by_live(store)[0]
+    finish(store.cleaner.clean(victim))
+    assert store.pool.dead() == [victim] and not store.pool.spares
+    assert spare is (store.log.active if log_is_full else store.cleaner.into)
+    store.checkpoint()
+    assert store.pool.spares == [victim]
+    store._check()
+    assert everything(the_disk(store)) == held == everything(the_disk(Store.open(directory.after_kill())))
+
+
+def test_without_a_limit_a_store_takes_twice_what_is_in_use_and_16_segments():
+    _, store = make()
+    volume = disk(store, 900)
+    assert store.cleaner.cap_segments == 16
+    put(volume, 0, b"".join(content(tag) for tag in range(900)))
+    assert store.cleaner.cap_segments == 2 * 30 + 16
+    write(volume, [(0, 599 * BLOCK, None)])
+    store.reap()
+    assert store.cleaner.cap_segments == 2 * 11 + 16, "the eleventh is begun"
 
 
 @pytest.mark.parametrize("used", [0.5, 0.7])

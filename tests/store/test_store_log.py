@@ -197,7 +197,7 @@ def assert_stopped(store: Store, volume, steps: list[str]) -> None:
     ]:
         with pytest.raises(StoreStopped, match="has stopped after an I/O error: .*injected"):
             action()
-    assert everything(volume) == held and not store.wants_checkpoint
+    assert everything(volume) == held and not store.wants_checkpoint and not store.cleaner.wanted
     store.close()
     assert steps == [], "something was written or synced after the error"
 
@@ -356,6 +356,7 @@ def test_statistics_count():
     store.flush()
     numbers = store.statistics()
     assert numbers["bytes_appended"] == BLOCK and numbers["flushes"] == 1 and numbers["segments_unsynced"] <= 1
+    assert numbers["records_replayed"] == numbers["records_dropped"] == 0
     assert numbers["seq"] == 3 and numbers["durable_seq"] == 2 and numbers["records_appended"] == 3
     assert all(isinstance(value, int) for name, value in numbers.items() if name != "write_amplification")
     assert 1 < numbers["write_amplification"] < 2
