@@ -71,6 +71,7 @@ class Log:
         self.active: Segment | None = None
         self._unsynced: dict[Segment, None] = {}
         self.flush_needed_seq = start.seq  # the last record that is not a MARK
+        self.syncs_headers = False  # see `roll`
         self.failure: str | None = None
         self.on_roll: Callable[[], None] | None = None  # told whenever a segment was filled
         self.blocks_appended = self.records_appended = self.record_bytes_appended = self.flushes = 0
@@ -109,10 +110,14 @@ class Log:
 
     def roll(self, keep: int = KEEP_FOR_WRITES) -> None:
         """Go on in a fresh segment, and leave ``keep`` spares: the last ones are for the cleaner and for records without data, so
-        that cleaning, deleting and reverting work on a full disk. Blocks only when no spare is ready. Raises `NoSpace` with nothing changed."""
+        that cleaning, deleting and reverting work on a full disk. Blocks only when no spare is ready, or with ``syncs_headers``: while this
+        life has no checkpoint of its own, nothing but its headers keeps the next one from giving its log indexes again, and those are
+        durable before anything is written behind them. Raises `NoSpace` with nothing changed."""
         self.raise_if_stopped()
         try:
             segment = self._pool.activate(self._next_log_index, self.seq + 1, self.durable_seq, self._prev_crc, keep)
+            if self.syncs_headers:
+                segment.file.datasync()
         except OSError as error:
             raise self.stop(error) from error
         if self.active is not None:

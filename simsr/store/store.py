@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import uuid as uuid_module
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -301,13 +302,9 @@ class Store:
             segment.file.datasync()
         ckpt.sync_supers(self.directory)
         self.pool.remove_unmade()
-        settled = self._checkpoint_with_what_there_is()
-        try:
+        self.log.syncs_headers = not self._checkpoint_with_what_there_is()
+        with suppress(NoSpace):  # reading needs no segment, and what needs one asks again
             self.log.roll()
-        except NoSpace:
-            return  # reading needs no segment, and what needs one asks again
-        if not settled:  # the same number must not be given again, even if this header were lost
-            self.log.active.file.datasync()
 
     def _checkpoint_with_what_there_is(self) -> bool:
         """Checkpoint, giving up spare segments if there is no room. Without one the store works too: the log goes on where it ends."""
@@ -519,6 +516,7 @@ class Store:
         if job.flush is not None:
             self.log.end_flush(job.flush)
         self._checkpoint_seq = job.position.seq
+        self.log.syncs_headers = False
         self.pool.recycle(job.dead)
         needed = {number for number, nodes in self.table.nodes_at_home.items() if nodes} | self.table.late_files
         self._garbage_maps = [number for number in self.maps.size_bytes if number not in needed]

@@ -9,7 +9,7 @@ import struct
 import pytest
 from store_kit import TINY, UUID, Driver, Kill, Witness, content, cut, disk, everything, make, put
 
-from simsr.errors import BadRequest, NoSpace, SimsrError, StoreError, StoreFormat, StoreLocked
+from simsr.errors import BadRequest, NoSpace, SimsrError, StoreDamaged, StoreError, StoreFormat, StoreLocked
 from simsr.store.layout import BLOCK, Geometry, crc32c
 from simsr.store.log import KEEP_FOR_WRITES
 from simsr.store.memory import MemoryDirectory
@@ -85,6 +85,20 @@ def test_another_format_version_is_refused(which, version):
     with pytest.raises(StoreFormat, match=f"its format is version {version}, this simsr knows version 2"):
         Store.open(directory)
     assert dict(directory.images()) == before and not directory._locked
+
+
+@pytest.mark.parametrize("damaged", [None, "super.0", "super.1"])
+def test_only_a_super_block_that_is_damaged_is_blamed(damaged):
+    directory, store = make()
+    disk(store, 4)
+    store.close()
+    for name in directory.names():
+        if name.startswith("table-") or name == damaged:
+            directory.flip(name, 40)
+    with pytest.raises(StoreDamaged) as caught:
+        Store.open(directory)
+    assert [name for name in ("super.0", "super.1") if name in str(caught.value)] == ([damaged] if damaged else [])
+    assert "table-" in str(caught.value)
 
 
 def test_unreadable_files_are_a_store_error():
@@ -211,6 +225,18 @@ def test_a_commit_is_one_record():
             assert everything(found) == content(1).ljust(found.size_bytes, b"\0")
     after = Store.open(cut(directory, "none"))
     assert set(after.volumes) == {1} and after.meta == {} and after.volumes[1].size_bytes == 4 * BLOCK
+
+
+def test_who_keeps_copies_learns_what_has_other_content_or_another_size():
+    _, store = make()
+    for _ in range(3):
+        disk(store, 4)
+    store.commit([SetMeta(1, {"a": 1}), SetMeta(0, {"a": 1}), Delete(3)])
+    assert store.replaced == set()
+    store.commit([SetMeta(1, {"a": 2}), Reset(2, 1)])
+    assert store.replaced == {2}
+    store.commit([Resize(1, 8 * BLOCK)])
+    assert store.replaced == {1, 2}
 
 
 def test_a_commit_is_durable_after_a_flush():
