@@ -189,6 +189,18 @@ def test_memory_stays_within_its_limit(part):
     assert most < 1.1 * memory.limit_bytes and store.table.evicted > 50
 
 
+def test_writing_should_wait_when_half_of_the_map_memory_is_dirty():
+    _, store, volume, _ = filled(256, MapMemory(1 << 30))
+    store.checkpoint()
+    whole = store.table.memory.limit_bytes = 100_000
+    for block in range(0, 256, 4):
+        assert store.too_dirty == (2 * store.table.dirty_bytes > whole)
+        put(volume, block * BLOCK, content(block))
+    assert store.too_dirty and store.table.dirty_bytes < whole - 10_000
+    store.checkpoint()
+    assert not store.too_dirty
+
+
 # The jobs.
 
 
