@@ -144,6 +144,34 @@ def test_a_checkpoint_without_room_does_not_send_the_next_one_over_the_newest_su
     assert everything(Store.open(directory.after_kill()).volumes[1])[:BLOCK] == content(2)
 
 
+@pytest.mark.parametrize("step", ["create map", "sync map", "write table", "sync table"])
+def test_a_checkpoint_without_room_forgets_nothing(step):
+    """The next one has all that the two have to tell, also what has not changed since: volumes, counts, nodes."""
+    directory, store = make()
+    for first_tag in (1, 100, 200):
+        fill(disk(store, 64), first_tag)
+    store.checkpoint()
+    store.commit([Delete(2), Reset(3, 1), Create(4, 64 * BLOCK, {"a": 1}, 3)])
+    put(store.volumes[1], 0, content(300))
+    store.reap()
+
+    def on_step(what: str) -> None:
+        if what.startswith(step):
+            raise OSError(errno.ENOSPC, "injected")
+
+    directory.on_step = on_step
+    with pytest.raises(NoSpace):
+        store.checkpoint()
+    directory.on_step = None
+    store.checkpoint()
+    held = {ident: (everything(volume), volume.meta) for ident, volume in store.volumes.items()}
+    again = Store.open(cut(directory))
+    assert again.recovered["records_replayed"] == 0
+    assert {ident: (everything(volume), volume.meta) for ident, volume in again.volumes.items()} == held
+    assert again.statistics()["live_bytes"] == store.statistics()["live_bytes"]
+    again._check()
+
+
 @pytest.mark.parametrize(
     "stop_at", ["create map", "write map", "sync map", "write table", "sync table", "write super", "sync super"]
 )
