@@ -343,7 +343,6 @@ class Cleaner:
             reason = f"the summary at offset {offset} of segment {slot} is not valid"
             raise StoreDamaged(path=self._pool.path, reason=reason)
         moves, table = Moves.unpack(record.payload), self._table
-        self._pool.by_slot[slot].last_seq = record.seq
         place = slot << self._pool.geometry.segment_shift | record.data_block
         for index, (family, block, old, sum_) in enumerate(zip(moves.families, moves.blocks, moves.old, moves.crcs)):
             at = block & (table.fanout - 1)

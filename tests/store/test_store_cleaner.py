@@ -125,6 +125,18 @@ def test_moves_survive_a_kill_and_a_clean_stop(checkpoint: bool):
     assert everything(the_disk(again)) == held_now
 
 
+def test_moves_made_during_a_flush_are_synced_by_the_next_one():
+    directory, store, held = aged()
+    job = store.begin_flush()
+    job.run()
+    finish(store.cleaner.clean(sealed(store)[0]))
+    store.end_flush(job)
+    moved = store.log.seq
+    store.flush()
+    again = Store.open(cut(directory))
+    assert store.cleaner.blocks_moved and again.log.seq >= moved and everything(the_disk(again)) == held
+
+
 def test_every_step_of_cleaning_can_be_the_last(seeds):
     """Kill and power cut before every operation on the disk, through cleaning and the checkpoint that recycles the victims."""
     for seed in seeds(6):

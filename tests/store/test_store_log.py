@@ -106,6 +106,22 @@ def test_flush_covers_what_was_there_when_it_began():
     assert everything(after.volumes[1]) == everything(volume)
 
 
+@pytest.mark.parametrize("records", [1, 2])
+def test_what_a_flush_came_too_early_for_is_synced_by_the_next_one(records):
+    """Even if it is a single record, in a segment that has been left meanwhile, so that no MARK follows it there."""
+    directory, store = make()
+    volume = disk(store, 40)
+    put(volume, 0, content(1))
+    job = store.begin_flush()
+    job.run()
+    for index in range(records):
+        put(volume, (index + 1) * BLOCK, content(index + 2))
+    store.log.roll()
+    store.end_flush(job)
+    store.flush()
+    assert everything(Store.open(cut(directory)).volumes[1]) == everything(volume)
+
+
 def test_who_waits_for_a_flush_is_told_before_its_mark_is_written():
     directory, store = make()
     volume = disk(store, 40)
