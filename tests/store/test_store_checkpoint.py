@@ -145,8 +145,10 @@ def test_a_checkpoint_without_room_does_not_send_the_next_one_over_the_newest_su
 
 
 @pytest.mark.parametrize("step", ["create map", "sync map", "write table", "sync table"])
-def test_a_checkpoint_without_room_forgets_nothing(step):
-    """The next one has all that the two have to tell, also what has not changed since: volumes, counts, nodes."""
+def test_a_checkpoint_without_room_forgets_nothing_and_leaves_nothing(step, monkeypatch):
+    """The next one has all that they have to tell, also what has not changed since: volumes, counts, nodes."""
+    monkeypatch.setattr(ckpt, "_NODES_A_SLICE", 1)
+    monkeypatch.setattr(ckpt, "_PIECE_BYTES", 1)
     directory, store = make()
     for first_tag in (1, 100, 200):
         fill(disk(store, 64), first_tag)
@@ -159,9 +161,11 @@ def test_a_checkpoint_without_room_forgets_nothing(step):
         if what.startswith(step):
             raise OSError(errno.ENOSPC, "injected")
 
-    directory.on_step = on_step
-    with pytest.raises(NoSpace):
-        store.checkpoint()
+    directory.on_step, names = on_step, set(directory.names())
+    for _ in range(2):
+        with pytest.raises(NoSpace):
+            store.checkpoint()
+        assert set(directory.names()) <= names
     directory.on_step = None
     store.checkpoint()
     held = {ident: (everything(volume), volume.meta) for ident, volume in store.volumes.items()}
