@@ -287,6 +287,7 @@ def test_a_full_segment_is_looked_at_once():
     assert store.cleaner._is_worth_it(full), "its count says nothing, so it has to be looked at"
     finish(store.cleaner.clean(full))
     assert not store.cleaner.blocks_moved and not store.cleaner._is_worth_it(full)
+    assert store.cleaner.segments_examined == 1, "upkeep would think that cleaning is stuck"
     assert store.cleaner.estimate(full) == store.pool.data_blocks
     for block in range(0, 90, 2):
         put(volume, block * BLOCK, content(700 + block))
