@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Awaitable, Callable
+from functools import partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import outcome
 import pyfuse3
 import trio
 from nbd_wire import FLUSH, FUA, READ, WRITE, Reply
@@ -23,7 +26,7 @@ from fs_layout.operations import Operations
 if TYPE_CHECKING:
     from simsr.daemon.host import Host
 
-__all__ = ["FuseSession", "make_operations"]
+__all__ = ["FuseSession", "Mount"]
 
 _CONTEXT = SimpleNamespace(pid=1)
 
@@ -38,9 +41,39 @@ class _Turns:
         pass
 
 
-def make_operations(host: Host) -> Operations:
-    """What a mount of that host would serve."""
-    return Operations(host.mounts, _Turns(), writeback=False, shared=False)
+class Mount:
+    """What a mount of that host would serve. Its handlers are called in tasks of the daemon, as those of mounts are: they end before it closes
+    its stores."""
+
+    def __init__(self, host: Host) -> None:
+        self._operations, self._nursery = Operations(host.mounts, _Turns(), writeback=False, shared=False), host._nursery
+        self.tree = self._operations.tree
+
+    def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
+        return partial(self._call, getattr(self._operations, name))
+
+    async def _call(self, handler: Callable[..., Awaitable[Any]], *arguments: object) -> Any:
+        ended, results, scope = trio.Event(), [], trio.CancelScope()
+
+        async def run() -> None:
+            try:
+                with scope:
+                    result = await handler(*arguments)
+                    # A buffer may be used again as soon as the handler has returned.
+                    results.append(outcome.Value(bytes(result) if isinstance(result, memoryview) else result))
+            except Exception as error:
+                results.append(outcome.Error(error))
+            finally:
+                ended.set()
+
+        self._nursery.start_soon(run)
+        try:
+            await ended.wait()
+        finally:  # who is gone asks for nothing any more
+            scope.cancel()
+            with trio.CancelScope(shield=True):
+                await ended.wait()
+        return results[0].unwrap()
 
 
 class FuseSession(Session):
@@ -65,7 +98,7 @@ class FuseSession(Session):
             await self.world.if_up()
             raise Gone(errno.errorcode.get(error.errno, str(error.errno))) from None
 
-    async def _find(self, operations: Operations) -> int:
+    async def _find(self, operations: Mount) -> int:
         """Walk down to the file, as a program that opens its path."""
         folder = operations.tree.folder_name(self.disk.sr) or "gone"
         names = [folder, *(["snapshots"] if self.disk.of is not None else []), f"{self.disk.uuid}.raw"]
@@ -101,7 +134,7 @@ class FuseSession(Session):
         operations = self._operations
         try:
             if command == READ:
-                reply.data = bytes(await operations.read(self._handle, first * SECTOR, count * SECTOR))
+                reply.data = await operations.read(self._handle, first * SECTOR, count * SECTOR)
             elif command == WRITE:
                 if await operations.write(self._handle, first * SECTOR, data) != len(data):
                     raise Failure(f"{self.name}: a part of a write to {self.disk.uuid} was left out")

@@ -24,7 +24,7 @@ from sim_api import call
 from sim_client import STUCK_S, Session
 from sim_control import Op
 from sim_faults import faults
-from sim_fuse import make_operations
+from sim_fuse import Mount
 from sim_guest import guest
 from sim_judge import Judge
 from sim_machine import Failure, Journal, MemoryRoot, Turns
@@ -292,7 +292,7 @@ class World:
             await nursery.start(partial(self.host.run, ()))
             if self.host.failed:
                 raise Failure(f"the SR cannot be opened: {self.host.failed}")
-            self.files = make_operations(self.host)
+            self.files = Mount(self.host)
             await self.judge.examine()
             self._is_examined = True
             if not plan:
