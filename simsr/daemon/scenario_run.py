@@ -31,6 +31,7 @@ from scenarios.rules import matches_name
 from scenarios.schema import Rule, Scenario
 from scenarios.write_cache import WriteCache, WriteLog
 from simsr.daemon.alarm import Alarm, current_ns
+from simsr.daemon.direct import read
 from simsr.daemon.engine import Disk
 from simsr.daemon.loads import Loads, Reach
 from simsr.daemon.recording import script
@@ -38,6 +39,7 @@ from simsr.daemon.scripted import ScriptedDisk, UnderWay
 from simsr.daemon.trace_files import TraceFiles
 from simsr.errors import NotFound, SimsrError
 from simsr.sr.vdi import Vdi
+from simsr.store.layout import BLOCK
 from simsr.store.store import Create, Delete, Op, Reset, Resize
 
 __all__ = ["ScenarioRun", "LIVE", "NOTES_MAX"]
@@ -319,7 +321,7 @@ class ScenarioRun:
             async with attached.lock:
                 pieces, resets = attached.cache.cut(details["keep"], draws, details["torn"], details["order"]), attached.resets
                 try:
-                    await self._store(attached.vdi, pieces, lambda: attached.resets != resets)
+                    await self._store(attached.vdi, pieces, lambda: self.is_over or attached.resets != resets)
                     log.info("power cut of VDI %s: %d pieces differ", name, len(pieces))
                 except NotFound:
                     pass  # it was deleted: nobody will ask what it has lost
@@ -328,14 +330,19 @@ class ScenarioRun:
         self.cuts += 1
 
     async def _store(self, vdi: Vdi, pieces: list[tuple[int, bytes]], is_stale: Callable[[], bool] = lambda: False) -> None:
-        """Write ``pieces``, unless they are about content that a revert has taken away meanwhile: what is reverted to loses nothing."""
+        """Write ``pieces``, until they are stale: about content that a revert has taken away, or when the scenario has ended and clients write
+        beside us. Whole blocks, so that nothing has to be waited for between asking that and writing, but room in a full SR."""
         disk = self._make_disk(vdi)
         try:
             for offset, data in pieces:
+                start, end = offset // BLOCK * BLOCK, min(-(-(offset + len(data)) // BLOCK) * BLOCK, vdi.size_bytes)
+                is_whole = (start, end) == (offset, offset + len(data))
+                blocks = bytearray(end - start) if is_whole else await read(disk, start, end - start)
                 await disk.passed()
                 if is_stale():
                     return
-                batch = [(offset, len(data), memoryview(data))]
+                blocks[offset - start : offset - start + len(data)] = data
+                batch = [(start, len(blocks), memoryview(blocks))]
                 if not disk.write(batch):
                     await disk.write_rest(batch, 0)
         finally:
@@ -425,11 +432,7 @@ class ScenarioRun:
         disk = self._make_disk(attached.vdi)
         try:
             for bit in bits:
-                cell = bytearray(1)
-                if disk.read([(bit // 8, memoryview(cell))]):
-                    (error,) = await disk.read_cold([(bit // 8, memoryview(cell))])
-                    if error is not None:
-                        raise error
+                cell = await read(disk, bit // 8, 1)
                 pieces.append((bit // 8, bytes([cell[0] ^ 1 << bit % 8])))
         finally:
             disk.detach()

@@ -342,6 +342,35 @@ class TestPowerCut:
             await trio.sleep(1)
             assert here.play.cuts == 1 and bytes(below.content) == b"s" * len(below.content)
 
+    async def test_a_scenario_that_has_ended_writes_no_more(self, autojump_clock):
+        """Clients go on beside it then, and what they write is theirs (found by the simulation)."""
+        async with stage(self.CUT.format(nth=3, keep='"none"')) as here:
+            disk, below = here["one"], here.disks["one"]
+            await disk.write("write", 0, 512, b"a" * 512, False)
+            await disk.write("write", 8192, 512, b"b" * 512, False)
+
+            async def read_cold(batch):
+                await trio.sleep(60)
+                read(batch)
+                return [None for _ in batch]
+
+            async def write_rest(batch, done):  # parts of blocks wait for the rest of them
+                await trio.sleep(60)
+                write(batch[done:])
+
+            def write_whole(batch):
+                return 0 if any(length % 4096 for _, length, _ in batch) else write(batch)
+
+            read, below.read, below.read_cold = below.read, lambda batch: [0], read_cold
+            write, below.write, below.write_rest = below.write, write_whole, write_rest
+            with pytest.raises(Dropped):
+                await disk.write("write", 64 * KIB, 512, b"z" * 512, False)
+            await trio.sleep(1)
+            here.play.end()
+            below.content[:] = b"c" * len(below.content)
+            await trio.sleep(200)
+            assert bytes(below.content) == b"c" * len(below.content)
+
     async def test_what_cannot_be_written_is_not_lost_and_the_scenario_goes_on(self, autojump_clock):
         """The SR is full, say."""
         async with stage(self.CUT.format(nth=2, keep='"none"')) as here:
