@@ -268,7 +268,11 @@ class World:
                 pass
         if not survivors:
             flushed = not any(sr.is_broken for sr in self.srs.values())  # a store that has stopped does not flush when it ends
-            survivors.append(self.root.survivor(partial(self._survive, "cut" if flushed and rng.random() < 0.5 else "kill")))
+            way = "cut" if flushed and rng.random() < 0.5 else "kill"
+            survivors.append(self.root.survivor(partial(self._survive, way)))
+            for sr in self.srs.values():
+                if way == "cut" and not self._is_examined:  # an SR that had not been opened again was not flushed when the daemon stopped
+                    sr.horizon = sr.flushed
         self.root = survivors[0]
 
     @staticmethod
