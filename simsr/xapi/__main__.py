@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import signal
+from simsr.daemon.__main__ import let_interrupts_end_us
 
 __all__ = ["main"]
 
 
 def main() -> None:
     """Entry of the server."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    let_interrupts_end_us()
     from simsr.xapi.main import main as serve
 
     serve()
