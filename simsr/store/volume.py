@@ -316,8 +316,9 @@ class Volume:
 
     def _verify(self, target: memoryview, entries: np.ndarray | list[int], start: int) -> None:
         if len(entries) == 1:
-            if entries[0] and crc32c(target) != entries[0] >> 32:
-                raise self._damaged(start, entries[0] & PHYSICAL_MASK)
+            entry = int(entries[0])
+            if entry and crc32c(target) != entry >> 32:
+                raise self._damaged(start, entry & PHYSICAL_MASK)
             return
         found = list(block_crcs(target))
         wanted = (entries >> 32).tolist()

@@ -411,9 +411,11 @@ def test_damaged_block_is_named_and_others_are_read():
         lambda: volume.read([(0, whole)]),
         lambda: volume.read([(4 * BLOCK + 7, whole[:9])]),
         lambda: volume.read_bytes(BLOCK, 8 * BLOCK),
+        lambda: volume.read_bytes(4 * BLOCK + 7, 9),
     ]:
         with pytest.raises(BlockDamaged) as caught:
             action()
+        assert {type(value) for value in caught.value.details.values()} == {int, str}, "the API tells them as JSON"
         assert caught.value.details == {
             "path": "memory", "volume": volume.ident, "offset_bytes": 4 * BLOCK, "segment": segment, "segment_offset": offset,
         }  # fmt: skip
