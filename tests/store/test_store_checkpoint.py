@@ -17,6 +17,7 @@ from store_kit import (
     cut,
     disk,
     everything,
+    kill_at,
     make,
     put,
     some_memory,
@@ -185,11 +186,7 @@ def test_checkpoint_that_was_killed_leaves_the_newest_super_block_alone(stop_at)
     put(disk(store, 8), 0, content(1))
     store.checkpoint()
 
-    def on_step(what: str) -> None:
-        if what.startswith(stop_at):
-            raise Kill
-
-    directory.on_step = on_step
+    kill_at(directory, stop_at)
     put(store.volumes[1], 0, content(2))
     with pytest.raises(Kill):
         store.checkpoint()
@@ -238,11 +235,7 @@ def test_super_block_of_a_killed_process_is_made_durable_before_it_is_relied_on(
     fill(volume, 100)
     store.reap()
 
-    def on_step(what: str) -> None:
-        if what.startswith("sync super"):
-            raise Kill
-
-    directory.on_step = on_step
+    kill_at(directory, "sync super")
     with pytest.raises(Kill):
         store.checkpoint()
     directory = directory.after_kill()

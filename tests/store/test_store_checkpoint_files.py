@@ -12,6 +12,7 @@ from store_kit import (
     cut,
     disk,
     everything,
+    kill_at,
     make,
     put,
     squeeze,
@@ -128,11 +129,7 @@ def test_map_files_of_earlier_lives_are_removed():
     store = Store.open(directory)
     fill(store.volumes[1], 100)
 
-    def on_step(what: str) -> None:
-        if what.startswith("write super"):
-            raise Kill
-
-    directory.on_step = on_step
+    kill_at(directory, "write super")
     with pytest.raises(Kill):
         store.checkpoint()
     directory = directory.after_kill()
