@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 import ssl
 from collections import deque
+from collections.abc import Sequence
 from functools import partial
 from time import perf_counter_ns
 
@@ -47,6 +48,24 @@ class Channel:
         elif rest := self._send_now(data):
             self.unsent.append(rest)
             await self.drain()
+
+    async def send_parts(self, parts: Sequence[bytes | memoryview]) -> None:
+        """`send` of several parts one behind the other. None of them is looked at any more when this waits."""
+        sent = 0
+        if not self.unsent:
+            try:
+                sent = self.sock.sendmsg(parts)
+            except BlockingIOError:
+                pass
+        rest = []
+        for part in parts:
+            if sent < len(part):
+                rest.append(part[sent:])
+            sent = max(0, sent - len(part))
+        if rest:
+            busy = bool(self.unsent)
+            self.unsent.append(b"".join(rest))
+            await (self.drained.wait() if busy else self.drain())
 
     def post(self, data: bytes | memoryview) -> bool:
         """`send` for callers that cannot wait. True: not all could be sent, so `drain` has to run. Raises OSError."""
@@ -127,6 +146,9 @@ class TlsChannel(Channel):
 
     async def send(self, data: bytes | memoryview) -> None:
         await super().send(self._sealed(data))
+
+    async def send_parts(self, parts: Sequence[bytes | memoryview]) -> None:
+        await self.send(b"".join(parts))
 
     def post(self, data: bytes | memoryview) -> bool:
         return super().post(self._sealed(data))

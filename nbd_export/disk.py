@@ -87,6 +87,9 @@ class Disk(Protocol):
     def read(self, batch: Sequence[tuple[int, memoryview]]) -> list[int]:
         """Fill the views from memory; returns the indices of those that would have to wait for a disk."""
 
+    def lend(self, offset: int, length: int) -> list[memoryview] | None:
+        """The data of a range as they lie in memory, piece by piece, to be looked at before anything else happens; None: `read` can say more."""
+
     async def read_cold(self, batch: Sequence[tuple[int, memoryview]]) -> list[Exception | None]:
         """Fill the views, waiting for the disk; for each what went wrong, or None."""
 

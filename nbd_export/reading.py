@@ -16,6 +16,8 @@ from nbd_export.transmission import PIECE_BYTES, Request, lazy_buffer
 __all__ = ["Reader"]
 
 _OUT_BYTES = PIECE_BYTES + 4096
+_LEND_MIN_BYTES = 32 << 10
+"""Smaller reads are copied: that costs less than to send them in parts."""
 _LONG_TURN_MAX_NS = 2_000_000  # between the pieces of long reads
 
 Later = Callable[..., Awaitable[None]]
@@ -77,6 +79,8 @@ class Reader:
         if not pieces:
             return
         batch = self._replies.lay_out(self._out, pieces)
+        if used >= _LEND_MIN_BYTES * len(pieces) and await self._send_lent(batch, used):
+            return
         try:
             cold = self._disk.read(batch)
         except Exception as error:
@@ -87,6 +91,35 @@ class Reader:
             await self._channel.send(self._out[:used])
             return
         await self._send_around(pieces, set(cold), given_away)
+
+    async def _send_lent(self, batch: list[tuple[int, memoryview]], used: int) -> bool:
+        """Send without a copy what the disk lends, if it lends anything and has the rest in memory; whether that was so."""
+        disk, out, header_bytes = self._disk, self._out, self._replies.header_bytes
+        parts: list[memoryview] = []
+        missing: list[tuple[int, memoryview]] = []
+        begin = at = 0  # what lies in `out` between them is to be sent from there
+        for offset, view in batch:
+            lent = disk.lend(offset, len(view))
+            at += header_bytes
+            if lent is None:
+                missing.append((offset, view))
+            else:
+                parts += (out[begin:at], *lent)
+                begin = at + len(view)
+            at += len(view)
+        if not parts:
+            return False
+        if begin < used:
+            parts.append(out[begin:used])
+        try:
+            if missing and disk.read(missing):
+                return False
+        except Exception as error:
+            if not is_answer(error):
+                raise
+            return False
+        await self._channel.send_parts(parts)
+        return True
 
     async def _send_around(self, pieces: list[Piece], cold: set[int], given_away: set[int]) -> None:
         """Send the pieces that are there; from the first cold piece of a request on, leave it to those who wait for disks."""

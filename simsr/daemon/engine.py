@@ -30,10 +30,12 @@ from simsr.daemon import threads
 from simsr.daemon.gate import Gate, Gated
 from simsr.daemon.upkeep import Upkeep
 from simsr.errors import SimsrError, StoreStopped
+from simsr.store.hot import HotMemory
 from simsr.store.log import KEEP_FOR_WRITES, FlushJob
 from simsr.store.node_table import Absent
+from simsr.store.read_job import ReadJob
 from simsr.store.store import SPARES_MIN, Store
-from simsr.store.volume import Fetched, ReadJob, Volume, Write
+from simsr.store.volume import Fetched, Volume, Write
 
 if TYPE_CHECKING:
     from simsr.daemon.recording import Tap
@@ -58,14 +60,17 @@ class Engine:
     operation that does such a thing ends when nobody has the old content any more.
     """
 
-    def __init__(self, store: Store, replaced: Callable[[list[Volume]], Awaitable[None]] | None = None) -> None:
+    def __init__(
+        self, store: Store, replaced: Callable[[list[Volume]], Awaitable[None]] | None = None, hot_memory: HotMemory | None = None
+    ) -> None:
+        """``hot_memory``: what may be kept of what is read much; nothing without it."""
         self.store = store
         self._replaced, self._telling = replaced, trio.Lock()
         self._flush_job: FlushJob | None = None
         self._flush_waiters: list[tuple[int, Callable[[Exception | None], None]]] = []
         self.room_changed = trio.Condition()
         self._cold = trio.CapacityLimiter(_COLD_THREADS)
-        self.upkeep = Upkeep(store, self.room_changed, self.page_in)
+        self.upkeep = Upkeep(store, self.room_changed, self.page_in, hot_memory or HotMemory(0))
         self.run = self.upkeep.run
         self.wake = self.upkeep.wake
         self.checkpoint = self.upkeep.checkpoint
@@ -222,7 +227,8 @@ class Engine:
                 await self.room_changed.wait()
 
     def statistics(self) -> dict[str, int]:
-        return {"flush_waits": self.flush_waits, "cold_reads": self.cold_reads, "room_waits": self.room_waits}
+        waits = {"flush_waits": self.flush_waits, "cold_reads": self.cold_reads, "room_waits": self.room_waits}
+        return {**waits, **self.upkeep.hot.statistics()}
 
 
 class _ColdReads:
@@ -263,7 +269,7 @@ class Disk(Gated):
         self.scripted: Scripted | None = None
         self.client_kind, self.each_write_durable = "qemu", False  # until the face knows better
         self.tap: Tap | None = None  # while the disk is recorded
-        self.read = volume.read
+        self.read, self.lend = volume.read, volume.lend
         self.flush_soon = engine.flush_soon
         self.is_durable = engine.is_durable
         if on_write is not None:

@@ -43,6 +43,7 @@ from simsr.sr.lookup import resolve
 from simsr.sr.repository import Repository, check_text, check_uuid
 from simsr.sr.space import check_limit, geometry_for
 from simsr.sr.vdi import Vdi
+from simsr.store.hot import HOT_MEMORY_BYTES, HotMemory
 from simsr.store.node_table import MAP_MEMORY_BYTES, MapMemory
 from simsr.store.store import Op, Store
 
@@ -83,12 +84,13 @@ class Host:
     """Everything one simsrd holds. Use: ``async with trio.open_nursery() as n: await n.start(host.run)``."""
 
     def __init__(
-        self, root: str, nbd_socket: str | None = None, map_memory_bytes: int = MAP_MEMORY_BYTES, *, files: Root | None = None,
+        self, root: str, nbd_socket: str | None = None, map_memory_bytes: int = MAP_MEMORY_BYTES, *,
+        hot_memory_bytes: int = HOT_MEMORY_BYTES, files: Root | None = None,
         now: Callable[[], str] = _now, new_uuid: Callable[[], str] = _new_uuid, **nbd_options: Any,
     ) -> None:  # fmt: skip
         """``files``: what is at ``root``, if not a directory; ``now``, ``new_uuid``: whence times and uuids come; ``nbd_options``: those of
         `NbdServer`."""
-        self.memory = MapMemory(map_memory_bytes)
+        self.memory, self.hot_memory = MapMemory(map_memory_bytes), HotMemory(hot_memory_bytes)
         self.root = os.path.abspath(root)
         self._files, self._now, self._new_uuid = files or DiskRoot(self.root), now, new_uuid
         self.nbd_socket = nbd_socket or os.path.join(self.root, "nbd.sock")
@@ -161,7 +163,7 @@ class Host:
     async def _mount(self, store: Store) -> Mounted:
         repository = Repository(store, self._now, self._new_uuid)
         store.observer = partial(self._committed, repository)
-        mounted = Mounted(repository, Engine(store, self.mounts.replaced), trio.CancelScope(), trio.Event())
+        mounted = Mounted(repository, Engine(store, self.mounts.replaced, self.hot_memory), trio.CancelScope(), trio.Event())
         mounted.engine.give_up = repository.keeper.give_up_oldest
         await self._nursery.start(self._serve_engine, mounted)
         self.mounted[repository.uuid] = mounted

@@ -26,6 +26,7 @@ from simsr.daemon.mounts import CACHES
 from simsr.daemon.service import run_service
 from simsr.daemon.systemd import listen_fds, notify
 from simsr.errors import BadRequest
+from simsr.store.hot import HOT_MEMORY_BYTES
 from simsr.units import format_size, parse_size
 
 __all__ = ["main"]
@@ -64,6 +65,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--map-memory", default="256MiB", metavar="SIZE", help="memory for extent maps, all SRs together (default: 256MiB)"
     )
+    parser.add_argument(
+        "--hot-memory", default=str(HOT_MEMORY_BYTES), metavar="SIZE",
+        help="memory to keep what is read much in, all SRs together; 0: none (default: an eighth of the machine's)",
+    )  # fmt: skip
     parser.add_argument("--mount", metavar="DIR", help="show all VDIs as files below DIR (FUSE)")
     parser.add_argument(
         "--mount-cache", default="direct", choices=CACHES, help="who caches what is below DIR: nobody, or the kernel (default: direct)"
@@ -79,6 +84,10 @@ def _map_memory(text: str) -> int:
     if size_bytes < MAP_MEMORY_MIN_BYTES:
         raise BadRequest(what=f"--map-memory {text}", reason=f"at least {format_size(MAP_MEMORY_MIN_BYTES)} are needed")
     return size_bytes
+
+
+def _hot_memory(text: str) -> int:
+    return 0 if text.strip() == "0" else parse_size(text)
 
 
 def _sort_passed(fds: list[int]) -> tuple[int | None, list[socket.socket]]:
@@ -175,7 +184,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
     control_fd, passed = _sort_passed(listen_fds())
     if control_fd is not None and arguments.socket:
         raise BadRequest(what="--socket", reason="systemd passed the control socket already")
-    host = Host(arguments.root, arguments.nbd_socket, _map_memory(arguments.map_memory), **_nbd_options(arguments))
+    host = Host(arguments.root, arguments.nbd_socket, _map_memory(arguments.map_memory), hot_memory_bytes=_hot_memory(arguments.hot_memory), **_nbd_options(arguments))
     https = https_from(arguments)
     host.prepare()
     control = None if control_fd is not None else os.path.abspath(arguments.socket or os.path.join(host.root, "control.sock"))
@@ -230,8 +239,9 @@ def main() -> None:
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     _give_large_blocks_back()
     gc.set_threshold(*GC_THRESHOLDS)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    for limit in (resource.RLIMIT_NOFILE, resource.RLIMIT_MEMLOCK):
+        soft, hard = resource.getrlimit(limit)
+        resource.setrlimit(limit, (hard, hard))
     run_service("simsrd", _serve, arguments)
 
 

@@ -7,6 +7,7 @@ fraction of a millisecond at a time, so that a request hardly notices.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from itertools import islice
 
@@ -15,6 +16,7 @@ import trio
 from simsr.daemon import threads
 from simsr.errors import NoSpace, SimsrError, StoreStopped
 from simsr.store.checkpoint import Step
+from simsr.store.hot import HotMemory, HotSegments
 from simsr.store.node_table import Absent
 from simsr.store.store import SPARES_MIN, Store
 
@@ -37,9 +39,11 @@ class Upkeep:
     """The tasks of one store. ``room_changed`` is notified whenever there may be more room than before."""
 
     def __init__(
-        self, store: Store, room_changed: trio.Condition, page_in: Callable[[Iterable[int]], Awaitable[None]]
+        self, store: Store, room_changed: trio.Condition, page_in: Callable[[Iterable[int]], Awaitable[None]], hot_memory: HotMemory
     ) -> None:
         self.store = store
+        self._hot_wanted = trio.Event()
+        self.hot = HotSegments(store.pool, hot_memory, lambda: self._hot_wanted.set())
         self._room_changed = room_changed
         self._page_in = page_in
         self._wanted = trio.Event()
@@ -94,6 +98,7 @@ class Upkeep:
             nursery.start_soon(self._make_spares)
             nursery.start_soon(self._reap)
             nursery.start_soon(self._clean)
+            nursery.start_soon(self._keep_hot)
             task_status.started()
             idle_seq = -1
             while True:
@@ -193,6 +198,44 @@ class Upkeep:
         while len(pool.spares) > max(_SPARES_KEPT, (pool.count - len(pool.spares)) // 2):
             segment = pool.take_spare_away()
             await threads.run_sync(pool.unlink, segment, limiter=self._threads)
+
+    # What is read much.
+
+    async def _keep_hot(self) -> None:
+        """Keep in memory what is read much, for as long as it is."""
+        cool_at = math.inf
+        try:
+            while True:
+                with trio.move_on_at(cool_at) as timeout:
+                    await self._hot_wanted.wait()
+                    self._hot_wanted = trio.Event()
+                    await self._warm_up()
+                if timeout.cancelled_caught:
+                    await self._release(self.hot.cool())
+                if not self.hot.kept:
+                    cool_at = math.inf
+                elif timeout.cancelled_caught or cool_at == math.inf:
+                    cool_at = trio.current_time() + PERIOD_S
+        finally:
+            self.hot.let_go()
+
+    async def _warm_up(self) -> None:
+        while True:
+            segment, released = self.hot.next()
+            with trio.CancelScope(shield=True):
+                await self._release(released)
+                if segment is None:
+                    return
+                try:
+                    memory = await threads.run_sync(segment.file.in_memory, limiter=self._threads)
+                except OSError as error:
+                    log.info("not kept in memory: %r: %s", segment, error)
+                    memory = None
+                self.hot.keep(segment, memory)
+
+    async def _release(self, views: list[memoryview]) -> None:
+        for view in views:
+            await threads.run_sync(view.release, limiter=self._threads)
 
     # Cleaning.
 

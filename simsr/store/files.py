@@ -8,17 +8,22 @@ implementation below it and enumerate every state a power cut may leave. Both im
 * an `Area` (a writable shared mapping of a part of a file) behaves as ``pwritev`` does, but costs no system call.
 * ``pread_disk`` asks the disk itself, where that is possible, and leaves the page cache as it is.
 * ``read_cached`` never waits for a disk: it answers False when a page is not in memory.
+* ``in_memory`` gives the whole file as it is and as it will be, in memory as long as the view is there; None where that cannot be had.
 * a file created, or removed, is durably so after ``Directory.sync``.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
+import logging
 import mmap
 import os
 from collections.abc import Sequence
 from typing import Protocol
+
+import numpy as np
 
 from simsr.errors import StoreLocked
 
@@ -30,6 +35,9 @@ them, and a later 4 KiB overwrite costs time proportional to its folio (measured
 64 KiB pieces 4 us)."""
 
 _IOV_MAX = 1024
+
+log = logging.getLogger("simsr.files")
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Area(Protocol):
@@ -48,6 +56,7 @@ class File(Protocol):
     def pread(self, view: memoryview, offset: int) -> None: ...
     def pread_disk(self, view: memoryview, offset: int) -> None: ...
     def read_cached(self, view: memoryview, offset: int) -> bool: ...
+    def in_memory(self) -> memoryview | None: ...
     def will_need(self, offset: int, length: int) -> None: ...
     def area(self, offset: int, length: int) -> Area: ...
     def datasync(self) -> None: ...
@@ -86,6 +95,7 @@ class DiskFile:
     """`File` over a descriptor."""
 
     def __init__(self, path: str, flags: int) -> None:
+        self._path = path
         self._fd = os.open(path, flags | os.O_RDWR | os.O_CLOEXEC, 0o600)
         self.size_bytes = os.fstat(self._fd).st_size
 
@@ -131,6 +141,15 @@ class DiskFile:
             if error.errno == errno.EOPNOTSUPP:  # this file system cannot say: let a worker thread read
                 return False
             raise
+
+    def in_memory(self) -> memoryview | None:
+        """Blocks until all of it has been read. If somebody else cuts the file short then, whoever looks at the view dies by SIGBUS."""
+        view = memoryview(mmap.mmap(self._fd, self.size_bytes, mmap.MAP_SHARED, mmap.PROT_READ))
+        address = np.frombuffer(view, dtype=np.uint8).ctypes.data
+        if _libc.mlock(ctypes.c_void_p(address), ctypes.c_size_t(self.size_bytes)):
+            log.info("not kept in memory: %s: %s (ulimit -l, CAP_IPC_LOCK)", self._path, os.strerror(ctypes.get_errno()))
+            return None
+        return view
 
     def will_need(self, offset: int, length: int) -> None:
         """Have the kernel begin to read this; does not wait for it."""

@@ -93,6 +93,9 @@ class MemoryFile:
         self.pread(view, offset)
         return True
 
+    def in_memory(self) -> memoryview | None:
+        return memoryview(self._disk.now).toreadonly()
+
     def will_need(self, offset: int, length: int) -> None:
         pass
 

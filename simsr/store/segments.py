@@ -17,13 +17,16 @@ from __future__ import annotations
 
 import errno
 import re
+import sys
+from collections.abc import Callable
 from enum import Enum
+from itertools import pairwise
 
 import numpy as np
 
 from simsr.errors import NoSpace, StoreDamaged
 from simsr.store.files import Area, Directory, File
-from simsr.store.layout import HEADER_BYTES, Geometry, SegmentHeader, salt_of
+from simsr.store.layout import BLOCK, HEADER_BYTES, Geometry, SegmentHeader, salt_of
 from simsr.store.nodes import PHYSICAL_MASK
 from simsr.store.usage import Usage
 
@@ -48,7 +51,7 @@ class Segment:
 
     __slots__ = (
         "slot", "file", "state", "area", "log_index", "salt", "first_seq", "last_seq", "used_blocks", "record_end", "pins", "reserve",
-        "age_seq", "survivors",
+        "age_seq", "survivors", "reads", "memory", "verified",
     )  # fmt: skip
 
     def __init__(self, slot: int, file: File) -> None:
@@ -62,6 +65,9 @@ class Segment:
         self.survivors = False
         self.reserve = False  # taken into use when it was the last one
         self.pins = 0  # reads under way in worker threads
+        self.reads = 0  # blocks that were read, of late (`simsr.store.hot`)
+        self.memory: memoryview | None = None  # all of the file, while it is kept in memory
+        self.verified = b""  # then for each block whether it was found there as it should be
 
     def __repr__(self) -> str:
         return f"<segment {self.slot} {self.state.value} log index {self.log_index} seq {self.first_seq}-{self.last_seq}>"
@@ -73,6 +79,7 @@ class SegmentPool:
     def __init__(self, directory: Directory, geometry: Geometry, uuid: bytes, usage: Usage) -> None:
         self._directory = directory
         self.geometry = geometry
+        self._shift, self._mask = geometry.segment_shift, geometry.segment_blocks - 1
         self._uuid = uuid
         self._usage = usage
         self.by_slot: list[Segment | None] = [None]
@@ -83,6 +90,8 @@ class SegmentPool:
         self.cap_segments: int | None = None  # the size limit of the SR
         self.verify_reads = True  # hold what is read from memory against its checksum; what comes from the disk always is
         self.cannot_grow = False  # the last attempt to make a segment file found no room
+        self.warm_at = sys.maxsize  # a segment of which more blocks were read, and that is not kept in memory, is told to `on_warm`
+        self.on_warm: Callable[[Segment], None] = lambda segment: None
 
     @property
     def count(self) -> int:
@@ -126,6 +135,44 @@ class SegmentPool:
         for name in self._unmade:
             self._directory.remove(name)
         self._unmade = []
+
+    # Reading what is in memory.
+
+    def read(self, view: memoryview, physical: int, count: int) -> bool | None:
+        """Fill ``view`` with ``count`` blocks of one segment: whether they are known to be what was written. None: they are not in memory."""
+        segment, block = self.by_slot[physical >> self._shift], physical & self._mask
+        segment.reads += count
+        memory = segment.memory
+        if memory is not None:
+            view[:] = memory[block * BLOCK : (block + count) * BLOCK]
+            return segment.verified.find(0, block, block + count) < 0
+        if not segment.file.read_cached(view, block * BLOCK):
+            return None
+        if segment.reads > self.warm_at:
+            self.on_warm(segment)
+        return False
+
+    def lend(self, physical: list[int]) -> list[memoryview] | None:
+        """These blocks as they lie in memory, to be looked at before anything is written. None unless all are kept there and known to be
+        what was written."""
+        by_slot, shift, mask, verify = self.by_slot, self._shift, self._mask, self.verify_reads
+        breaks = [at for at, (before, after) in enumerate(pairwise(physical), 1) if after - before != 1]
+        parts, begin = [], 0
+        for end in (*breaks, len(physical)):
+            segment, block = by_slot[physical[begin] >> shift], physical[begin] & mask
+            count = end - begin
+            if segment is None or segment.memory is None or verify and segment.verified.find(0, block, block + count) >= 0:
+                return None
+            segment.reads += count
+            parts.append(segment.memory[block * BLOCK : (block + count) * BLOCK])
+            begin = end
+        return parts
+
+    def verified(self, physical: int, count: int) -> None:
+        """These blocks of one segment, just read, were found to be what was written."""
+        segment, block = self.by_slot[physical >> self._shift], physical & self._mask
+        if segment.memory is not None:
+            segment.verified[block : block + count] = bytes((1,)) * count
 
     # Spares: made in a worker thread (`make_file`), handed over on the store's thread (`add`).
 
@@ -225,6 +272,8 @@ class SegmentPool:
         segment.log_index, segment.salt = log_index, salt_of(self._uuid, log_index)
         segment.first_seq, segment.last_seq = first_seq, first_seq - 1
         segment.age_seq, segment.survivors = first_seq, survivors
+        if segment.memory is not None:
+            segment.verified = bytearray(len(segment.verified))
         segment.used_blocks = self.geometry.record_blocks
         segment.area = segment.file.area(0, self.geometry.record_area_bytes)
         segment.area.write(0, header)

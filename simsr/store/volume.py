@@ -1,6 +1,6 @@
 """A volume: a range of bytes with an extent map. The data path of the store, in batches.
 
-Reading a batch costs one system call for each run of physically contiguous blocks, and one checksum for each block.
+Reading a batch costs one system call for each run of physically contiguous blocks, and one checksum for each block; neither in hot segments (`simsr.store.hot`).
 Nothing here waits for a disk: what is not in memory is left to a `ReadJob`, which a worker thread runs.
 
 Writing a batch appends one record for all of it (more where a segment ends), then changes the map. A write that covers
@@ -26,9 +26,10 @@ from simsr.store.log import Log
 from simsr.store.node_table import Absent, NodeTable
 from simsr.store.nodes import PHYSICAL_MASK
 from simsr.store.paging import PageJob
-from simsr.store.segments import Segment, SegmentPool
+from simsr.store.read_job import ReadJob, Run
+from simsr.store.segments import SegmentPool
 
-__all__ = ["Volume", "ReadJob", "Write", "Fetched"]
+__all__ = ["Volume", "Write", "Fetched"]
 
 _BLOCK_SHIFT = 12
 _BLOCK_MASK = BLOCK - 1
@@ -40,69 +41,11 @@ Write = tuple[int, int, memoryview | None]
 Fetched = dict[int, tuple[int, bytes]]
 """Block number -> (map entry, content): what `ReadJob.fetched` gives"""
 
-_Run = tuple[Segment | None, int, int, int]
-"""(segment or None for a hole, byte offset in its file, byte offset in the request, length in bytes)"""
-
-
-class ReadJob:
-    """Reads of one request that may wait for the disk. `run` belongs in a worker thread; then `release`, always.
-
-    The segments it reads are pinned meanwhile, so they are not used for anything else, and the job returns the content
-    as it was when the job was made, whatever is written later.
-    """
-
-    def __init__(self, volume: Volume, offset: int, view: memoryview) -> None:
-        self._volume = volume
-        self._offset = offset
-        self._view = view
-        self._start = offset & ~_BLOCK_MASK
-        end = (offset + len(view) + _BLOCK_MASK) & ~_BLOCK_MASK
-        if end - self._start == BLOCK:  # the usual case without numpy
-            self._entries, self._runs = volume._entry(self._start >> _BLOCK_SHIFT)
-        else:
-            self._entries = volume._entries(self._start >> _BLOCK_SHIFT, end >> _BLOCK_SHIFT)
-            self._runs = volume._runs(self._entries)
-        self.parts = len(self._runs)  # how many reads of the disk there are in it, at most
-        for segment, *_ in self._runs:
-            if segment is not None:
-                segment.pins += 1
-
-    def begin(self) -> None:
-        """Have the disk begin with what `run` will wait for. Optional; for when several jobs run one after the other."""
-        for segment, position, _, length in self._runs:
-            if segment is not None:
-                segment.file.will_need(position, length)
-
-    def run(self) -> None:
-        """Fill the view. Raises OSError, or `BlockDamaged` when a checksum does not fit."""
-        head = self._offset - self._start
-        whole = head == 0 and len(self._view) & _BLOCK_MASK == 0
-        target = self._view if whole else memoryview(bytearray(len(self._entries) * BLOCK))
-        for segment, position, at, length in self._runs:
-            if segment is None:
-                target[at : at + length] = bytes(length)
-            else:
-                segment.file.pread(target[at : at + length], position)
-        self._volume._verify(target, self._entries, self._start)
-        if not whole:
-            self._view[:] = target[head : head + len(self._view)]
-
-    @property
-    def fetched(self) -> tuple[int, bytes]:
-        """For a job of one whole block that has run: its map entry and content."""
-        return int(self._entries[0]), bytes(self._view)
-
-    def release(self) -> None:
-        for segment, *_ in self._runs:
-            if segment is not None:
-                segment.pins -= 1
-        self._runs = []
-
 
 class Volume:
     """One disk or snapshot of a store; made by the store, never directly.
 
-    Reading: `read`, `read_job`, `allocation`. Writing: `write`, `blocks_needed`.
+    Reading: `read`, `lend`, `read_job`, `allocation`. Writing: `write`, `blocks_needed`.
     ``meta`` belongs to the model above; the store keeps it and looks at nothing in it.
     """
 
@@ -169,8 +112,7 @@ class Volume:
         cold = []
         cache, bits = self.map.cache, self.map.bits
         mask = self.map.fanout - 1
-        by_slot, shift, block_mask = self._pool.by_slot, self._shift, self._block_mask
-        verify = self._pool.verify_reads
+        read, verified, verify = self._pool.read, self._pool.verified, self._pool.verify_reads
         for index, (offset, view) in enumerate(batch):
             if len(view) != BLOCK or offset & _BLOCK_MASK:
                 try:
@@ -192,11 +134,29 @@ class Volume:
                 view[:] = ZERO_BLOCK
                 continue
             physical = entry & PHYSICAL_MASK
-            if not by_slot[physical >> shift].file.read_cached(view, (physical & block_mask) << _BLOCK_SHIFT):
+            known = read(view, physical, 1)
+            if known is None:
                 cold.append(index)
-            elif verify and crc32c(view) != entry >> 32:
-                raise self._damaged(offset, physical)
+            elif verify and not known:
+                if crc32c(view) != entry >> 32:
+                    raise self._damaged(offset, physical)
+                verified(physical, 1)
         return cold
+
+    def lend(self, offset: int, length: int) -> list[memoryview] | None:
+        """Whole blocks of one leaf as they lie in memory, if all of them are kept there and known to be what was written; None: `read` has
+        to see to them. What is lent holds until something is written: it is to be used at once."""
+        block, mask = offset >> _BLOCK_SHIFT, self.map.fanout - 1
+        count, index = length >> _BLOCK_SHIFT, block & mask
+        if not count or (offset | length) & _BLOCK_MASK or index + count > mask + 1:
+            return None
+        slots = self.map.cache.get(block >> self.map.bits)
+        if slots is None:
+            return None
+        segment = self._pool.by_slot[(slots[index] & PHYSICAL_MASK) >> self._shift]
+        if segment is None or segment.memory is None:
+            return None
+        return self._pool.lend(memoryview(slots).cast("B").cast("I")[2 * index : 2 * (index + count)].tolist()[::2])
 
     def read_job(self, offset: int, view: memoryview) -> ReadJob:
         """A job that reads from the disk what `read` found to be cold. Raises `Absent`."""
@@ -228,26 +188,28 @@ class Volume:
             return None
         halves = memoryview(slots).cast("B").cast("I")[2 * index : 2 * (index + count)].tolist()
         physical, wanted = halves[::2], halves[1::2]
-        by_slot, shift, block_mask = self._pool.by_slot, self._shift, self._block_mask
-        first = physical[0]
-        if first and physical == list(range(first, first + count)):
-            if not by_slot[first >> shift].file.read_cached(view, (first & block_mask) << _BLOCK_SHIFT):
-                return False
-        else:
-            begin = 0
-            while begin < count:
-                first, end = physical[begin], begin + 1
-                while end < count and physical[end] == (first and first + end - begin):
-                    end += 1
-                part = view[begin << _BLOCK_SHIFT : end << _BLOCK_SHIFT]
-                if not first:
-                    part[:] = bytes(len(part))
-                    wanted[begin:end] = [ZERO_CRC] * (end - begin)
-                elif not by_slot[first >> shift].file.read_cached(part, (first & block_mask) << _BLOCK_SHIFT):
+        read, begin = self._pool.read, 0
+        unknown: list[tuple[int, int]] = []  # runs that have not been verified
+        while begin < count:
+            first, end = physical[begin], begin + 1
+            if first and physical[-1] - first == count - 1 - begin and physical[begin:] == list(range(first, physical[-1] + 1)):
+                end = count
+            while end < count and physical[end] == (first and first + end - begin):
+                end += 1
+            part = view[begin << _BLOCK_SHIFT : end << _BLOCK_SHIFT]
+            if not first:
+                part[:] = bytes(len(part))
+                wanted[begin:end] = [ZERO_CRC] * (end - begin)
+            elif not (known := read(part, first, end - begin)):
+                if known is None:
                     return False
-                begin = end
-        if self._pool.verify_reads and list(block_crcs(view)) != wanted:
-            self._verify(view, np.frombuffer(slots[index : index + count], dtype=np.uint64), offset)
+                unknown.append((first, end - begin))
+            begin = end
+        if unknown and self._pool.verify_reads:
+            if list(block_crcs(view)) != wanted:
+                self._verify(view, np.frombuffer(slots[index : index + count], dtype=np.uint64), offset)
+            for first, blocks in unknown:
+                self._pool.verified(first, blocks)
         return True
 
     def _read_long(self, offset: int, view: memoryview) -> bool:
@@ -268,7 +230,7 @@ class Volume:
             view[:] = target[head : head + len(view)]
         return True
 
-    def _entry(self, block: int) -> tuple[list[int], list[_Run]]:
+    def _entry(self, block: int) -> tuple[list[int], list[Run]]:
         """`_entries` and `_runs` of one block."""
         number, cache = block >> self.map.bits, self.map.cache
         slots = cache[number] if number in cache else self.map.slots_at(number)
@@ -293,7 +255,7 @@ class Volume:
             first = stop
         return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint64)
 
-    def _runs(self, entries: np.ndarray) -> list[_Run]:
+    def _runs(self, entries: np.ndarray) -> list[Run]:
         """Group map entries into runs that one read can fetch."""
         if not len(entries):
             return []
@@ -305,7 +267,7 @@ class Volume:
         starts = [0, *(breaks + 1).tolist(), len(entries)]
         firsts = physical[starts[:-1]].tolist()
         by_slot, shift, mask = self._pool.by_slot, self._shift, self._block_mask
-        runs: list[_Run] = []
+        runs: list[Run] = []
         for first, begin, end in zip(firsts, starts, starts[1:]):
             at, length = begin << _BLOCK_SHIFT, (end - begin) << _BLOCK_SHIFT
             if first:

@@ -422,3 +422,29 @@ def test_the_log_names_no_bug_after_all_this(daemon):
         assert daemon.api.get(path).status_code == 404
     assert daemon.api.post("/v1/vdis", content=b"{").status_code == 400
     assert not re.search("Traceback", daemon.log)
+
+
+# --- What is read much -------------------------------------------------------------------------------------------
+
+
+def locked_kib(simsrd: Simsrd) -> int:
+    return int(re.search(r"VmLck:\s+(\d+) kB", Path(f"/proc/{simsrd.pid}/status").read_text())[1])
+
+
+@pytest.mark.parametrize(("option", "kept"), [("0", False), ("33MiB", True)])
+def test_hot_memory(option, kept):
+    with running_simsrd("--hot-memory", option) as simsrd:
+        simsrd.post("/v1/srs", name="main")
+        vdi = simsrd.post("/v1/vdis", name="disk", size_bytes=4 * MIB)
+        bench = ["qemu-img", "bench", "-f", "raw", "-s", "65536", "-d", "8"]
+        subprocess.run([*bench, "-w", "-c", "64", "--pattern=7", vdi["nbd_uri"]], check=True, capture_output=True, timeout=60)
+        subprocess.run([*bench, "-c", "2000", vdi["nbd_uri"]], check=True, capture_output=True, timeout=60)
+        (statistics,) = simsrd.get("/v1/daemon")["statistics"]["srs"].values()
+        assert statistics["hot_bytes"] == (32 * MIB if kept else 0) and locked_kib(simsrd) == (32 << 10 if kept else 0)
+        compare = ["qemu-io", "-f", "raw", "-r", "-c", "read -P 7 0 4M", vdi["nbd_uri"]]
+        assert "read 4194304/4194304" in subprocess.run(compare, check=True, capture_output=True, text=True, timeout=60).stdout
+
+
+@pytest.mark.parametrize("size", ["-1", "much", "1.5"])
+def test_hot_memory_that_is_no_size(root, size):
+    assert "size" in refused("--root", str(root), f"--hot-memory={size}")

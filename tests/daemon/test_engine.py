@@ -11,10 +11,11 @@ import trio
 from simsr.daemon.engine import Disk, Engine
 from simsr.daemon.gate import Gate
 from simsr.errors import NoSpace, StoreStopped
+from simsr.store.hot import HotMemory
 from simsr.store.layout import Geometry
 from simsr.store.memory import MemoryDirectory
 from simsr.store.store import Create, Delete, Store
-from simsr.store.volume import ReadJob
+from simsr.store.read_job import ReadJob
 
 SMALL = Geometry(segment_blocks=64, record_blocks=4)
 DISK_BYTES = 4 << 20
@@ -32,12 +33,12 @@ class Rig:
 
 
 @asynccontextmanager
-async def engine_over(directory: MemoryDirectory):
+async def engine_over(directory: MemoryDirectory, hot_memory: HotMemory | None = None):
     """An engine that runs; all pins must be gone in the end and the invariants hold."""
     store = Store.create(directory, bytes(15) + b"e", SMALL)
     with trio.fail_after(TIMEOUT_S):
         async with trio.open_nursery() as nursery:
-            engine = Engine(store)
+            engine = Engine(store, hot_memory=hot_memory)
             await nursery.start(engine.run)
             yield Rig(store, directory, engine)
             nursery.cancel_scope.cancel()
@@ -308,3 +309,50 @@ async def wait_until(condition) -> None:
     with trio.fail_after(TIMEOUT_S):
         while not condition():
             await trio.sleep(0.001)
+
+
+# What is read much.
+
+
+async def test_what_is_read_much_is_kept_in_memory_until_nobody_reads_it(monkeypatch):
+    monkeypatch.setattr("simsr.daemon.upkeep.PERIOD_S", 0.05)
+    directory, memory = MemoryDirectory(), HotMemory(4 * SMALL.segment_bytes)
+    async with engine_over(directory, memory) as rig:
+        disk, data = rig.disk(1), bytes(range(1, 17)) * 4096
+        await write(disk, 0, data)
+        assert disk.lend(0, len(data)) is None
+        for _ in range(SMALL.segment_blocks // 16 + 1):
+            assert await read(disk, 0, len(data)) == data
+        while not rig.engine.statistics()["hot_segments"]:
+            await trio.sleep(0.001)
+        assert await read(disk, 0, len(data)) == data  # verified
+        assert b"".join(disk.lend(0, len(data))) == data
+        gate = Gate()
+        gate.close([disk])
+        assert disk.lend(0, len(data)) is None, "what is behind a closed gate may be about to change"
+        gate.open()
+        assert disk.lend(0, len(data)) is not None
+        while rig.engine.statistics()["hot_segments"]:
+            await trio.sleep(0.01)
+        assert disk.lend(0, len(data)) is None and await read(disk, 0, len(data)) == data
+        assert memory.used_bytes == 0
+
+
+async def test_what_cannot_be_brought_into_memory_is_read_as_before(monkeypatch, caplog):
+    caplog.set_level("INFO")
+    memory = HotMemory(4 * SMALL.segment_bytes)
+    async with engine_over(MemoryDirectory(), memory) as rig:
+        disk, data = rig.disk(1), bytes(range(1, 17)) * 4096
+        await write(disk, 0, data)
+
+        def broken() -> None:
+            raise OSError(errno.EIO, "injected")
+
+        for segment in filter(None, rig.store.pool.by_slot):
+            segment.file.in_memory = broken
+        for _ in range(SMALL.segment_blocks // 16 + 1):
+            await read(disk, 0, len(data))
+        while memory.limit_bytes:
+            await trio.sleep(0.001)
+        assert "injected" in caplog.text
+        assert await read(disk, 0, len(data)) == data and rig.engine.statistics()["hot_bytes"] == 0

@@ -63,6 +63,7 @@ class FakeDisk:
         self.flush_gate = trio.Event()
         self.flush_gate.set()
         self.write_limit: int | None = None  # requests of a batch that `write` does before it needs to wait
+        self.lends = False  # does not copy what is long
         self.failures: dict[int, Exception] = {}  # offset -> what any request that covers it raises
         self.flush_failure: Exception | None = None
         self.extents: list[tuple[int, bool]] | None = None  # what `allocation` answers with
@@ -98,6 +99,13 @@ class FakeDisk:
             else:
                 view[:] = self.content[offset : offset + len(view)]
         return cold
+
+    def lend(self, offset: int, length: int) -> list[memoryview] | None:
+        if not self.lends or self._is_cold(offset, length) or any(offset <= place < offset + length for place in self.failures):
+            return None
+        self.log.append(("lend", offset, length))
+        view = memoryview(bytes(self.content[offset : offset + length]))
+        return [view[: length // 2], view[length // 2 :]]
 
     def read_soon(self, batch: Sequence[tuple[int, memoryview]], done: Callable[[list[Exception | None]], None]) -> bool:
         """Where ``soon`` is a list, the test has to call what lies there."""
