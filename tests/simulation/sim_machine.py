@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import outcome
 import trio
@@ -282,6 +282,9 @@ class Socket:
         pipe.data += memoryview(data)[:count]
         pipe.changed()
         return count
+
+    def sendmsg(self, parts: Sequence[bytes | memoryview]) -> int:
+        return self.send(b"".join(parts))
 
     async def readable(self) -> None:
         pipe = self.incoming
