@@ -28,6 +28,7 @@ from nbd_export.disk import Scripted
 from nbd_export.limits import Terms
 from simsr.daemon import threads
 from simsr.daemon.gate import Gate, Gated
+from simsr.daemon.kernel_sync import KernelSync
 from simsr.daemon.upkeep import Upkeep
 from simsr.errors import SimsrError, StoreStopped
 from simsr.store.hot import HotMemory
@@ -67,11 +68,11 @@ class Engine:
         self.store = store
         self._replaced, self._telling = replaced, trio.Lock()
         self._flush_job: FlushJob | None = None
+        self._kernel_sync: KernelSync | None = None
         self._flush_waiters: list[tuple[int, Callable[[Exception | None], None]]] = []
         self.room_changed = trio.Condition()
         self._cold = trio.CapacityLimiter(_COLD_THREADS)
         self.upkeep = Upkeep(store, self.room_changed, self.page_in, hot_memory or HotMemory(0))
-        self.run = self.upkeep.run
         self.wake = self.upkeep.wake
         self.checkpoint = self.upkeep.checkpoint
         store.log.on_roll = self.wake
@@ -81,6 +82,24 @@ class Engine:
         self.gates: dict[Volume, Gate] = {}  # those that are closed now
         self.give_up: Callable[[], bool] = lambda: False  # lets go of something that is kept while there is room; whether it did
         self.flush_waits = self.cold_reads = self.room_waits = 0
+
+    async def run(self, task_status: trio.TaskStatus = trio.TASK_STATUS_IGNORED) -> None:
+        """What goes on beside requests, until cancelled."""
+        try:
+            self._kernel_sync = kernel_sync = KernelSync()
+        except OSError as error:
+            log.debug("syncs take a thread: %s", error)
+            await self.upkeep.run(task_status)
+            return
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(kernel_sync.run)
+                await self.upkeep.run(task_status)
+        finally:
+            with trio.CancelScope(shield=True):
+                await self.settle()
+            self._kernel_sync = None
+            kernel_sync.close()
 
     # Flushing.
 
@@ -143,17 +162,29 @@ class Engine:
             self._answer_waiters(None)
             return
         self._flush_job = job
-        token = trio.lowlevel.current_trio_token()
+        if not self._kernel_syncs(job):
+            token = trio.lowlevel.current_trio_token()
 
-        def deliver(result: Outcome) -> None:
-            with contextlib.suppress(trio.RunFinishedError):
-                token.run_sync_soon(self._flush_ended, job, result)
+            def deliver(result: Outcome) -> None:
+                with contextlib.suppress(trio.RunFinishedError):
+                    token.run_sync_soon(self._flush_ended, job, getattr(result, "error", None))
 
-        threads.start_thread_soon(job.run, deliver)
+            threads.start_thread_soon(job.run, deliver)
 
-    def _flush_ended(self, job: FlushJob, result: Outcome) -> None:
+    def _kernel_syncs(self, job: FlushJob) -> bool:
+        """Whether the kernel carries the job out without a thread: if there is one file, as nearly always."""
+        if self._kernel_sync is None or len(job.files) != 1 or job.files[0].descriptor is None:
+            return False
+        try:
+            self._kernel_sync.begin(job.files[0].descriptor, partial(self._flush_ended, job))
+        except OSError as error:
+            log.info("syncs take a thread from now on: %s", error)
+            self._kernel_sync = None
+            return False
+        return True
+
+    def _flush_ended(self, job: FlushJob, error: BaseException | None) -> None:
         self._flush_job = None
-        error = getattr(result, "error", None)
         try:
             self.store.end_flush(job, error, self._answer_waiters)
         except StoreStopped as stopped:
@@ -177,6 +208,8 @@ class Engine:
     async def settle(self) -> None:
         """Wait until no flush is under way; called before the store is closed."""
         while self._flush_job is not None:
+            if self._kernel_sync is not None:
+                self._kernel_sync.collect()
             await trio.sleep(0.001)
 
     # Map nodes.

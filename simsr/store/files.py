@@ -51,6 +51,8 @@ class File(Protocol):
     """An open file of fixed size."""
 
     size_bytes: int
+    descriptor: int | None
+    """by which the kernel knows it; None if the kernel does not"""
 
     def pwritev(self, buffers: Sequence, offset: int) -> None: ...
     def pread(self, view: memoryview, offset: int) -> None: ...
@@ -98,6 +100,10 @@ class DiskFile:
         self._path = path
         self._fd = os.open(path, flags | os.O_RDWR | os.O_CLOEXEC, 0o600)
         self.size_bytes = os.fstat(self._fd).st_size
+
+    @property
+    def descriptor(self) -> int:
+        return self._fd
 
     def pwritev(self, buffers: Sequence, offset: int) -> None:
         for first in range(0, len(buffers), _IOV_MAX):

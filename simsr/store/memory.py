@@ -66,6 +66,8 @@ class _Disk:
 class MemoryFile:
     """`simsr.store.files.File` in memory. ``cold`` makes `read_cached` say that nothing is cached."""
 
+    descriptor = None
+
     def __init__(self, owner: MemoryDirectory, name: str, disk: _Disk) -> None:
         self._owner, self._name, self._disk = owner, name, disk
 
