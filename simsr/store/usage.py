@@ -42,14 +42,14 @@ class Usage:
 
     def release_vector(self, old: np.ndarray) -> int:
         """Uncount overwritten slots; returns how many of them were holes."""
-        physical = (old & PHYSICAL_MASK) >> self.segment_shift
-        first = int(physical[0])
-        if first == int(physical[-1]) and bool((physical == first).all()):
-            if not first:
-                return len(old)
-            self.live[first] -= len(old)
-            return 0
-        return self._count(old, -1)
+        physical = old.view(np.uint32)[::2]
+        slot = int(np.minimum.reduce(physical)) >> self.segment_shift
+        if slot != int(np.maximum.reduce(physical)) >> self.segment_shift:
+            return self._count(old, -1)
+        if not slot:
+            return len(old)
+        self.live[slot] -= len(old)
+        return 0
 
     # Checkpoints.
 

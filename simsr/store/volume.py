@@ -458,16 +458,16 @@ class Volume:
 
     def _apply_run(self, block: int, crcs: array, physical: int) -> None:
         owned, bits, mask = self.map.owned, self.map.bits, self.map.fanout - 1
-        entries = np.frombuffer(crcs, dtype=np.uint32).astype(np.uint64) << 32
-        entries |= np.arange(physical, physical + len(crcs), dtype=np.uint64)
-        done = 0
+        checksums, done = np.frombuffer(crcs, dtype=np.uint32), 0
         while done < len(crcs):
             number, low = (block + done) >> bits, (block + done) & mask
             count = min(len(crcs) - done, mask + 1 - low)
             leaf = owned[number] if number in owned else self.map.own(number)
             window = leaf.vector[low : low + count]
             self.map.mapped_blocks += self._usage.release_vector(window)
-            window[:] = entries[done : done + count]
+            halves = window.view(np.uint32)
+            halves[::2] = np.arange(physical + done, physical + done + count, dtype=np.uint32)
+            halves[1::2] = checksums[done : done + count]
             done += count
 
 

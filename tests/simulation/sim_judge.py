@@ -27,6 +27,7 @@ class Judge:
 
     def __init__(self, world: World) -> None:
         self.world = world
+        self._tips_since_s: dict[str, dict[str, float]] = {}  # SR -> its tips -> since when each has been there, this time
 
     async def examine(self) -> None:
         """Read everything, decide what became of what was under way, and hold all of it against the model. Raises `Failure`."""
@@ -123,12 +124,12 @@ class Judge:
             del world.disks[disk.uuid], mine[disk.uuid]
         if strange := set(there.tips) - set(mine):
             raise Failure(f"tips of nothing: {sorted(strange)}")
-        if not mine:
-            return
-        sr = world.srs[there.uuid]
-        oldest_s = trio.current_time() - sr.tips_hours * 3600 - EXPIRY_S
-        if trio.current_time() - world.life_began_s > EXPIRY_S and not (sr.is_limited or sr.is_broken):
-            if stale := [uuid for uuid in there.tips if world.born_s[uuid] < oldest_s]:
+        now_s, sr = trio.current_time(), world.srs[there.uuid]
+        since_s = self._tips_since_s[sr.uuid] = {uuid: self._tips_since_s.get(sr.uuid, {}).get(uuid, now_s) for uuid in there.tips}
+        oldest_s = now_s - sr.tips_hours * 3600 - EXPIRY_S
+        if now_s - world.life_began_s > EXPIRY_S and not (sr.is_limited or sr.is_broken):
+            late = [uuid for uuid in there.tips if since_s[uuid] < now_s - EXPIRY_S]  # an undo brings them back as old as they were
+            if stale := [uuid for uuid in late if world.born_s[uuid] < oldest_s]:
                 raise Failure(f"tips that are too old: {stale}")
 
     # What is in it.
