@@ -39,7 +39,7 @@ class HotSegments:
         self._wanted: dict[Segment, None] = {}
         self.kept: dict[Segment, None] = {}
         if memory.limit_bytes >= self._bytes:
-            pool.on_warm, pool.warm_at = self._warm, self._blocks
+            pool.on_warm, pool.warm_at = self._warm, self._blocks // 4
 
     def _warm(self, segment: Segment) -> None:
         segment.reads = 0
@@ -56,7 +56,7 @@ class HotSegments:
                 continue
             while self._memory.used_bytes + self._bytes > self._memory.limit_bytes:
                 coldest = min(self.kept, key=lambda kept: kept.reads, default=None)
-                if coldest is None or 2 * coldest.reads > self._blocks:
+                if coldest is None or 8 * coldest.reads > self._blocks:
                     for kept in self.kept:
                         kept.reads >>= 1
                     return None, released
@@ -73,7 +73,7 @@ class HotSegments:
         elif self._pool.by_slot[segment.slot] is not segment:  # its file was removed meanwhile
             self._memory.used_bytes -= self._bytes
         else:
-            segment.memory, segment.verified, segment.reads = memory, bytearray(self._blocks), self._blocks
+            segment.memory, segment.verified, segment.reads = memory, bytearray(self._blocks), self._blocks // 4
             self.kept[segment] = None
 
     def cool(self) -> list[memoryview]:

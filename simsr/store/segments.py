@@ -26,12 +26,13 @@ import numpy as np
 
 from simsr.errors import NoSpace, StoreDamaged
 from simsr.store.files import Area, Directory, File
-from simsr.store.layout import BLOCK, HEADER_BYTES, Geometry, SegmentHeader, salt_of
+from simsr.store.layout import BLOCK, HEADER_BYTES, Geometry, SegmentHeader, block_crcs, salt_of
 from simsr.store.nodes import PHYSICAL_MASK
 from simsr.store.usage import Usage
 
 __all__ = ["State", "Segment", "SegmentPool", "segment_name"]
 
+_ONE = b"\1"
 _NAME = re.compile(r"seg-(\d{8})")
 
 
@@ -152,27 +153,34 @@ class SegmentPool:
             self.on_warm(segment)
         return False
 
-    def lend(self, physical: list[int]) -> list[memoryview] | None:
-        """These blocks as they lie in memory, to be looked at before anything is written. None unless all are kept there and known to be
-        what was written."""
+    def lend(self, physical: list[int], crcs: list[int]) -> list[memoryview] | None:
+        """These blocks as they lie in memory, verified, to be looked at before anything is written. None unless all are kept there and have
+        the checksums ``crcs``."""
         by_slot, shift, mask, verify = self.by_slot, self._shift, self._mask, self.verify_reads
         breaks = [at for at, (before, after) in enumerate(pairwise(physical), 1) if after - before != 1]
-        parts, begin = [], 0
+        parts, begin, segment = [], 0, None
         for end in (*breaks, len(physical)):
-            segment, block = by_slot[physical[begin] >> shift], physical[begin] & mask
-            count = end - begin
-            if segment is None or segment.memory is None or verify and segment.verified.find(0, block, block + count) >= 0:
+            first, count = physical[begin], end - begin
+            segment = by_slot[first >> shift]
+            if segment is None or (memory := segment.memory) is None:
                 return None
-            segment.reads += count
-            parts.append(segment.memory[block * BLOCK : (block + count) * BLOCK])
+            block = first & mask
+            part = memory[block * BLOCK : (block + count) * BLOCK]
+            verified = segment.verified
+            if verify and not (verified[block] if count == 1 else verified.find(0, block, block + count) < 0):
+                if list(block_crcs(part)) != crcs[begin:end]:
+                    return None
+                verified[block : block + count] = _ONE * count
+            parts.append(part)
             begin = end
+        segment.reads += len(physical)  # which of them is as good as any
         return parts
 
     def verified(self, physical: int, count: int) -> None:
         """These blocks of one segment, just read, were found to be what was written."""
         segment, block = self.by_slot[physical >> self._shift], physical & self._mask
         if segment.memory is not None:
-            segment.verified[block : block + count] = bytes((1,)) * count
+            segment.verified[block : block + count] = _ONE * count
 
     # Spares: made in a worker thread (`make_file`), handed over on the store's thread (`add`).
 

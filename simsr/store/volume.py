@@ -144,8 +144,8 @@ class Volume:
         return cold
 
     def lend(self, offset: int, length: int) -> list[memoryview] | None:
-        """Whole blocks of one leaf as they lie in memory, if all of them are kept there and known to be what was written; None: `read` has
-        to see to them. What is lent holds until something is written: it is to be used at once."""
+        """Whole blocks of one leaf as they lie in memory, verified, if all of them are kept there; None: `read` has to see to them. What is
+        lent holds until something is written: it is to be used at once."""
         block, mask = offset >> _BLOCK_SHIFT, self.map.fanout - 1
         count, index = length >> _BLOCK_SHIFT, block & mask
         if not count or (offset | length) & _BLOCK_MASK or index + count > mask + 1:
@@ -156,7 +156,8 @@ class Volume:
         segment = self._pool.by_slot[(slots[index] & PHYSICAL_MASK) >> self._shift]
         if segment is None or segment.memory is None:
             return None
-        return self._pool.lend(memoryview(slots).cast("B").cast("I")[2 * index : 2 * (index + count)].tolist()[::2])
+        halves = memoryview(slots).cast("B").cast("I")[2 * index : 2 * (index + count)].tolist()
+        return self._pool.lend(halves[::2], halves[1::2])
 
     def read_job(self, offset: int, view: memoryview) -> ReadJob:
         """A job that reads from the disk what `read` found to be cold. Raises `Absent`."""

@@ -55,7 +55,7 @@ def a_hot_disk(memory=None, blocks=4):
     volume = disk(store, blocks)
     put(volume, 0, b"".join(content(tag) for tag in range(1, blocks + 1)))
     warmth = Warmth(store, memory)
-    heat(volume, BLOCKS + 1)
+    heat(volume, BLOCKS // 4 + 1)
     assert warmth.carry_out() == 1
     return directory, store, volume, warmth
 
@@ -65,12 +65,12 @@ def heat(volume, blocks):
         read(volume, 0, BLOCK)
 
 
-def test_a_segment_is_hot_when_as_much_was_read_of_it_as_it_holds():
+def test_a_segment_is_hot_when_a_quarter_as_much_was_read_of_it_as_it_holds():
     _, store = make()
     volume = disk(store, 4)
     put(volume, 0, content(1) + content(2) + content(3) + content(4))
     warmth = Warmth(store)
-    heat(volume, BLOCKS - 4)
+    heat(volume, BLOCKS // 4 - 4)
     read(volume, 0, 4 * BLOCK)
     assert not warmth.calls and warmth.hot.next() == (None, [])
     heat(volume, 1)
@@ -139,7 +139,12 @@ def test_a_segment_that_is_used_anew_is_verified_anew():
         store.checkpoint()
     assert segment.memory is not None and list(warmth.hot.kept) == [segment]
     at = next(at for at in range(4) if volume._entries(at, at + 1)[0] & 0xFFFFFFFF >= segment.slot << store.pool.geometry.segment_shift)
+    place = (int(volume._entries(at, at + 1)[0]) & 0xFFFFFFFF) % BLOCKS * BLOCK
+    directory.flip(segment_name(segment.slot), place)
     assert volume.lend(at * BLOCK, BLOCK) is None
+    with pytest.raises(BlockDamaged):
+        read(volume, at * BLOCK, BLOCK)
+    directory.flip(segment_name(segment.slot), place)
     assert read(volume, at * BLOCK, BLOCK) == content(tag - 3 + at) == bytes(volume.lend(at * BLOCK, BLOCK)[0])
 
 
