@@ -32,6 +32,10 @@ KEEP_FOR_WRITES, KEEP_FOR_CLEANING = 4, 2
 leaves two segments half filled behind, so there is more than one of each."""
 
 
+_OFTEN_RECORDS = 64
+"""So many records after a flush are written by a system call each (`simsr.store.files.Area`)."""
+
+
 @dataclass(frozen=True)
 class Position:
     """A place in the log: after record ``seq``, in segment ``log_index`` at ``record_offset`` of its record area."""
@@ -74,6 +78,7 @@ class Log:
         self.syncs_headers = False  # see `roll`
         self.failure: str | None = None
         self.on_roll: Callable[[], None] | None = None  # told whenever a segment was filled
+        self._records_at_flush = -_OFTEN_RECORDS
         self.blocks_appended = self.records_appended = self.record_bytes_appended = self.flushes = 0
 
     @property
@@ -144,7 +149,8 @@ class Log:
             record, crc = layout.pack_record(
                 kind, seq, self.durable_seq, self._prev_crc, segment.salt, volume, data_block, payload
             )
-            segment.area.write(segment.record_end, record)
+            often = self.records_appended - self._records_at_flush < _OFTEN_RECORDS
+            (segment.area.pwrite if often else segment.area.write)(segment.record_end, record)
         except OSError as error:
             raise self.stop(error) from error
         segment.record_end += len(record)
@@ -188,6 +194,7 @@ class Log:
             return
         self.durable_seq = job.seq
         self.flushes += 1
+        self._records_at_flush = self.records_appended
         self._unsynced = {segment: None for segment in self._unsynced if segment.last_seq > job.seq}
         if durable is not None:
             durable()

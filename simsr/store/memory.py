@@ -122,6 +122,8 @@ class _MemoryArea:
         assert position + len(data) <= self._length
         self._file.pwritev([data], self._offset + position)
 
+    pwrite = write
+
     def close(self) -> None:
         pass
 

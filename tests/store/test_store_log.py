@@ -10,7 +10,7 @@ from store_kit import TINY, UUID, content, cut, disk, everything, make, put
 from simsr.errors import NoSpace, StoreStopped
 from simsr.store import layout
 from simsr.store.layout import BLOCK
-from simsr.store.log import KEEP_FOR_CLEANING, KEEP_FOR_WRITES
+from simsr.store.log import _OFTEN_RECORDS, KEEP_FOR_CLEANING, KEEP_FOR_WRITES
 from simsr.store.memory import MemoryDirectory
 from simsr.store.segments import segment_name
 from simsr.store.store import Delete, SetMeta, Store
@@ -56,6 +56,25 @@ def test_header_of_a_new_segment_repeats_what_is_durable():
     store.log.roll()
     header = layout.SegmentHeader.unpack(dict(directory.images())[segment_name(store.log.active.slot)][:64])
     assert header.durable_seq == durable and header.first_seq == store.log.seq + 1
+
+
+def test_records_soon_after_a_flush_are_written_by_a_system_call():
+    """The first store into a mapping after a sync would have the next sync write the whole folio."""
+    _, store = make()
+    volume, calls = disk(store, 4), []
+    area = store.log.active.area
+    write, pwrite = area.write, area.pwrite
+    area.write = lambda position, data: (calls.append("write"), write(position, data))
+    area.pwrite = lambda position, data: (calls.append("pwrite"), pwrite(position, data))
+    for tag in range(1, 3):
+        put(volume, 0, content(tag))
+    assert set(calls) == {"write"}
+    store.flush()
+    del calls[:]
+    for tag in range(_OFTEN_RECORDS + 10):
+        store.log.append(layout.COMMIT, 0, b"[]")
+    assert calls == ["pwrite"] * (_OFTEN_RECORDS - 1) + ["write"] * 11  # the first one was the MARK
+    store.abandon()
 
 
 def test_flush_of_nothing_is_nothing():
