@@ -4,20 +4,43 @@ A reader otherwise asks the kernel for every run of blocks, because only the ker
 can be used as it lies; and once the checksum of a block has been verified there, it holds until the segment is filled anew (`Segment.verified`):
 as in file systems, damage is looked for where it comes about, between the disk and memory.
 
-A segment becomes hot when as much of it was read as it holds. When memory is short, one that is read more drives out the one that is
+A segment becomes hot when a quarter as much of it was read as it holds. When memory is short, one that is read more drives out the one that is
 read least; those that nobody reads go by themselves (`HotSegments.cool`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
 
 from simsr.store.segments import Segment, SegmentPool
 
-__all__ = ["HOT_MEMORY_BYTES", "HotMemory", "HotSegments"]
+__all__ = ["HOT_MEMORY_BYTES", "HotMemory", "HotSegments", "memory_bytes"]
 
-HOT_MEMORY_BYTES = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8
+
+
+def memory_bytes(proc: str = "/proc", sys: str = "/sys") -> int:
+    """What this process may take: all of the machine's memory, or what its control groups allow (cgroups(7), both versions)."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path(proc, "self/cgroup").read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            if not controllers:
+                top, name = Path(sys, "fs/cgroup"), "memory.max"
+            elif "memory" in controllers.split(","):
+                top, name = Path(sys, "fs/cgroup/memory"), "memory.limit_in_bytes"
+            else:
+                continue
+            groups = [top, *(top / part for part in accumulate(Path(group).relative_to("/").parts, os.path.join))]
+            texts = [(one / name).read_text().strip() for one in groups if (one / name).exists()]
+            limits += [int(text) for text in texts if text != "max"]
+    return min(limits)
+
+
+HOT_MEMORY_BYTES = memory_bytes() // 8
 
 
 class HotMemory:
@@ -38,6 +61,7 @@ class HotSegments:
         self._blocks, self._bytes = pool.geometry.segment_blocks, pool.geometry.segment_bytes
         self._wanted: dict[Segment, None] = {}
         self.kept: dict[Segment, None] = {}
+        pool.on_gone = lambda segment: self._let_go(segment).release()
         if memory.limit_bytes >= self._bytes:
             pool.on_warm, pool.warm_at = self._warm, self._blocks // 4
 
@@ -72,13 +96,14 @@ class HotSegments:
             self._memory.limit_bytes = self._memory.used_bytes
         elif self._pool.by_slot[segment.slot] is not segment:  # its file was removed meanwhile
             self._memory.used_bytes -= self._bytes
+            memory.release()
         else:
             segment.memory, segment.verified, segment.reads = memory, bytearray(self._blocks), self._blocks // 4
             self.kept[segment] = None
 
     def cool(self) -> list[memoryview]:
         """Let go of what was not read since the last call; called every half a minute or so. O(kept)."""
-        gone = [segment for segment in self.kept if not segment.reads or self._pool.by_slot[segment.slot] is not segment]
+        gone = [segment for segment in self.kept if not segment.reads]
         for segment in self.kept:
             segment.reads = 0
         return [self._let_go(segment) for segment in gone]

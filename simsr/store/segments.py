@@ -93,6 +93,7 @@ class SegmentPool:
         self.cannot_grow = False  # the last attempt to make a segment file found no room
         self.warm_at = sys.maxsize  # a segment of which more blocks were read, and that is not kept in memory, is told to `on_warm`
         self.on_warm: Callable[[Segment], None] = lambda segment: None
+        self.on_gone: Callable[[Segment], None] = lambda segment: None  # told of one that is kept in memory and will be removed
 
     @property
     def count(self) -> int:
@@ -239,6 +240,8 @@ class SegmentPool:
     def take_spare_away(self) -> Segment:
         """Forget the spare that was used longest ago; its file is to be removed (`unlink`)."""
         segment = self.spares.pop(0)
+        if segment.memory is not None:
+            self.on_gone(segment)
         self.by_slot[segment.slot] = None
         self._making.add(segment.slot)  # until the file is gone, its name is taken
         return segment

@@ -9,7 +9,7 @@ from store_kit import TINY, content, disk, everything, make, put, read, write, z
 
 from simsr.errors import BlockDamaged
 from simsr.store.files import DiskDirectory
-from simsr.store.hot import HotMemory, HotSegments
+from simsr.store.hot import HotMemory, HotSegments, memory_bytes
 from simsr.store.layout import BLOCK, Geometry
 from simsr.store.segments import segment_name
 
@@ -278,16 +278,18 @@ def test_where_nothing_can_be_kept_no_more_is_asked_for(monkeypatch):
     assert read(b, 0, BLOCK) == content(100)
 
 
-def test_a_segment_whose_file_goes_is_let_go_of():
+def test_a_segment_whose_file_is_removed_is_let_go_of_first():
+    """Its space comes back at once, which whoever removes it counts on."""
     _, store, _, warmth = a_hot_disk()
     (segment,) = warmth.hot.kept
-    store.pool.by_slot[segment.slot] = None
-    segment.reads = 100
-    (view,) = warmth.hot.cool()
-    assert not warmth.memory.used_bytes and not warmth.hot.kept
-    segment.reads = 0
+    store.pool.spares.insert(0, segment)
+    memory = segment.memory
+    assert store.pool.take_spare_away() is segment
+    assert not warmth.memory.used_bytes and not warmth.hot.kept and segment.memory is None
+    with pytest.raises(ValueError, match="released"):
+        memory[0]
     warmth.hot._warm(segment)
-    assert warmth.hot.next() == (None, [])
+    assert warmth.hot.next() == (None, []), "it is not there any more"
 
 
 def test_a_file_that_goes_while_it_is_brought_into_memory():
@@ -299,6 +301,33 @@ def test_a_file_that_goes_while_it_is_brought_into_memory():
     store.pool.by_slot[segment.slot] = None
     warmth.hot.keep(wanted, wanted.file.in_memory())
     assert not warmth.memory.used_bytes and not warmth.hot.kept and segment.memory is None
+
+
+def test_what_control_groups_allow(tmp_path):
+    machine = memory_bytes("/nowhere", "/nowhere")
+    proc, sys = tmp_path / "proc", tmp_path / "sys"
+
+    def limit(group, name, text):
+        (sys / "fs/cgroup" / group).mkdir(parents=True, exist_ok=True)
+        (sys / "fs/cgroup" / group / name).write_text(f"{text}\n")
+
+    (proc / "self").mkdir(parents=True)
+    (proc / "self/cgroup").write_text("0::/system.slice/simsrd.service\n")
+    assert memory_bytes(proc, sys) == machine
+    limit("system.slice/simsrd.service", "memory.max", "max")
+    assert memory_bytes(proc, sys) == machine
+    limit("system.slice", "memory.max", 3 << 20)
+    assert memory_bytes(proc, sys) == 3 << 20
+    limit("system.slice/simsrd.service", "memory.max", 2 << 20)
+    assert memory_bytes(proc, sys) == 2 << 20
+    limit("", "memory.max", 1 << 20)
+    assert memory_bytes(proc, sys) == 1 << 20
+    (proc / "self/cgroup").write_text("3:cpu,cpuacct:/\n2:memory,hugetlb:/box\n1:name=systemd:/\n")
+    assert memory_bytes(proc, sys) == machine
+    limit("memory/box", "memory.limit_in_bytes", 5 << 20)
+    assert memory_bytes(proc, sys) == 5 << 20
+    (proc / "self/cgroup").write_text("nonsense\n")
+    assert memory_bytes(proc, sys) == machine
 
 
 def locked_bytes():
