@@ -13,10 +13,10 @@ from nbd_export.disk import Disk, is_answer
 from nbd_export.replies import Piece, Replies
 from nbd_export.transmission import PIECE_BYTES, Request, lazy_buffer
 
-__all__ = ["Reader"]
+__all__ = ["LEND_MIN_BYTES", "Reader"]
 
 _OUT_BYTES = PIECE_BYTES + 4096
-_LEND_MIN_BYTES = 32 << 10
+LEND_MIN_BYTES = 32 << 10
 """Smaller reads are copied: that costs less than to send them in parts."""
 _LONG_TURN_MAX_NS = 2_000_000  # between the pieces of long reads
 
@@ -79,7 +79,7 @@ class Reader:
         if not pieces:
             return
         batch = self._replies.lay_out(self._out, pieces)
-        if used >= _LEND_MIN_BYTES * len(pieces) and await self._send_lent(batch, used):
+        if used >= LEND_MIN_BYTES * len(pieces) and await self._send_lent(batch, used):
             return
         try:
             cold = self._disk.read(batch)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 import outcome
 import trio
 
+from nbd_export import reading
 from nbd_export.channel import Channel
 from simsr.store.memory import MemoryDirectory
 
@@ -297,6 +298,9 @@ class Socket:
     def close(self) -> None:
         self.incoming.end()
         self.outgoing.end()
+
+
+reading.LEND_MIN_BYTES = 4096  # the guests read little at a time
 
 
 class SimChannel(Channel):
