@@ -18,6 +18,7 @@ import trio
 __all__ = ["Channel", "TlsChannel"]
 
 _RECEIVE_BYTES = 256 << 10
+_IOV_MAX = 1024
 
 
 class Channel:
@@ -54,7 +55,7 @@ class Channel:
         sent = 0
         if not self.unsent:
             try:
-                sent = self.sock.sendmsg(parts)
+                sent = self.sock.sendmsg(parts[:_IOV_MAX])
             except BlockingIOError:
                 pass
         rest = []

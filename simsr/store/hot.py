@@ -21,7 +21,6 @@ from simsr.store.segments import Segment, SegmentPool
 __all__ = ["HOT_MEMORY_BYTES", "HotMemory", "HotSegments", "memory_bytes"]
 
 
-
 def memory_bytes(proc: str = "/proc", sys: str = "/sys") -> int:
     """What this process may take: all of the machine's memory, or what its control groups allow (cgroups(7), both versions)."""
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]

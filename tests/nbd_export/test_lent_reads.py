@@ -76,6 +76,15 @@ async def test_short_reads_are_copied(rig, disk):
     assert not asked(disk, "lend")
 
 
+async def test_more_parts_than_one_call_takes():
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    parts = [number.to_bytes(2, "big") for number in range(3000)]
+    with ours, theirs, trio.fail_after(30):
+        await Channel(ours).send_parts(parts)
+        assert theirs.recv(10_000, socket.MSG_WAITALL | socket.MSG_DONTWAIT) == b"".join(parts)
+
+
 async def test_nothing_lent_is_looked_at_after_waiting():
     """A client that takes nothing: what is lent may be filled anew as soon as the sender waits."""
     ours, theirs = socket.socketpair()
