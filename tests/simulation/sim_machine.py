@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 import outcome
 import trio
 
-from nbd_export import reading
 from nbd_export.channel import Channel
 from simsr.store.memory import MemoryDirectory
 
@@ -298,9 +297,6 @@ class Socket:
     def close(self) -> None:
         self.incoming.end()
         self.outgoing.end()
-
-
-reading.LEND_MIN_BYTES = 4096  # the guests read little at a time
 
 
 class SimChannel(Channel):

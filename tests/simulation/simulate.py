@@ -26,6 +26,8 @@ from sim_machine import Failure
 from sim_world import World
 from trio._core import _run as trio_run
 
+from nbd_export import reading
+
 __all__ = ["KEPT", "Summary", "Tally", "kept_seeds", "play"]
 
 KEPT = Path(__file__).with_name("seeds.txt")
@@ -53,6 +55,7 @@ def play(seed: int) -> World:
     level, propagate, handlers = logger.level, logger.propagate, logger.handlers[:]
     logger.handlers, logger.propagate = [bugs], False
     logger.setLevel(logging.ERROR)
+    lend_min_bytes, reading.LEND_MIN_BYTES = reading.LEND_MIN_BYTES, 4096  # the guests read little at a time
     before = trio_run._ALLOW_DETERMINISTIC_SCHEDULING, trio_run._r.getstate()
     trio_run._ALLOW_DETERMINISTIC_SCHEDULING = True  # trio's own hook: runs tasks in an order that only _r decides
     trio_run._r.seed(f"scheduler {seed}")
@@ -69,6 +72,7 @@ def play(seed: int) -> World:
     finally:
         gc.enable()
         gc.collect()
+        reading.LEND_MIN_BYTES = lend_min_bytes
         trio_run._ALLOW_DETERMINISTIC_SCHEDULING = before[0]
         trio_run._r.setstate(before[1])
         logger.handlers, logger.propagate = handlers, propagate
