@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 from daemon_tools import Simsrd, running_simsrd, simsrd_command
+from memory_limits import may_lock
 from nbd_wire import FUA, MIB, READ, WRITE, WireClient
 
 from simsr.daemon.listeners import split_address
@@ -433,6 +434,8 @@ def locked_kib(simsrd: Simsrd) -> int:
 
 @pytest.mark.parametrize(("option", "kept"), [("0", False), ("33MiB", True)])
 def test_hot_memory(option, kept):
+    if kept and not may_lock(33 * MIB):
+        pytest.skip("may not lock 33 MiB (ulimit -l)")
     with running_simsrd("--hot-memory", option) as simsrd:
         simsrd.post("/v1/srs", name="main")
         vdi = simsrd.post("/v1/vdis", name="disk", size_bytes=4 * MIB)

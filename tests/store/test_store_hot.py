@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+from memory_limits import may_lock
 from store_kit import TINY, content, disk, everything, make, put, read, write, zero
 
 from simsr.errors import BlockDamaged
@@ -335,6 +336,7 @@ def locked_bytes():
         return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmLck"))
 
 
+@pytest.mark.skipif(not may_lock(1 << 20), reason="may not lock 1 MiB (ulimit -l)")
 def test_a_file_of_a_disk_in_memory(tmp_path):
     file = DiskDirectory(str(tmp_path / "d")).create("f", 1 << 20)
     before = locked_bytes()
