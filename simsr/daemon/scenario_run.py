@@ -336,6 +336,8 @@ class ScenarioRun:
         try:
             for offset, data in pieces:
                 start, end = offset // BLOCK * BLOCK, min(-(-(offset + len(data)) // BLOCK) * BLOCK, vdi.size_bytes)
+                if is_stale() or end <= start:  # a disk that was deleted has no bytes any more
+                    return
                 is_whole = (start, end) == (offset, offset + len(data))
                 blocks = bytearray(end - start) if is_whole else await read(disk, start, end - start)
                 await disk.passed()

@@ -176,12 +176,13 @@ def test_a_power_cut_loses_what_was_not_flushed(api, vdi):
         assert client.pread(12288, 0) == b"f" * 4096 + bytes(8192)
 
 
-def test_a_power_cut_passes_over_a_disk_that_was_deleted(shared, api, vdi):
+@pytest.mark.parametrize(("offset", "length"), [(0, 4096), (8192, 512)], ids=["a block", "a part of one"])
+def test_a_power_cut_passes_over_a_disk_that_was_deleted(shared, api, vdi, offset, length):
     """What had not been flushed to it cannot be lost any more (found by the simulation: it ended the daemon)."""
     gone = api.post("/v1/vdis", json={"size_bytes": MIB, "name": "gone"}).json()
     start(api, '[[rule]]\nmatch = { op = "flush" }\naction = { power_cut = { keep = "none", scope = "host" } }\n')
     with connected(gone) as client:
-        client.pwrite(b"g" * 4096, 0)
+        client.pwrite(b"g" * length, offset)
     shared.wait_for_connections(0)
     assert api.delete(f"/v1/vdis/{gone['uuid']}").is_success
     with connected(vdi) as client:
