@@ -229,7 +229,10 @@ class Upkeep:
                 try:
                     memory = await threads.run_sync(segment.file.in_memory, limiter=self._threads)
                 except OSError as error:
-                    log.info("not kept in memory: %r: %s", segment, error)
+                    log.info(
+                        "%s: segment %d is not kept in memory, nor will others be: %s (ulimit -l, CAP_IPC_LOCK)",
+                        self.store.pool.path, segment.slot, error,
+                    )  # fmt: skip
                     memory = None
                 self.hot.keep(segment, memory)
 

@@ -9,7 +9,7 @@ implementation below it and enumerate every state a power cut may leave. Both im
   sync does cost a page fault, and makes the next sync write the whole folio around it: its ``pwrite`` is better where syncs are frequent.
 * ``pread_disk`` asks the disk itself, where that is possible, and leaves the page cache as it is.
 * ``read_cached`` never waits for a disk: it answers False when a page is not in memory.
-* ``in_memory`` gives the whole file as it is and as it will be, in memory as long as the view is there; None where that cannot be had.
+* ``in_memory`` gives the whole file as it is and as it will be, in memory as long as the view is there; OSError where that cannot be had.
 * a file created, or removed, is durably so after ``Directory.sync``.
 """
 
@@ -18,7 +18,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
-import logging
 import mmap
 import os
 from collections.abc import Sequence
@@ -37,7 +36,6 @@ them, and a later 4 KiB overwrite costs time proportional to its folio (measured
 
 _IOV_MAX = 1024
 
-log = logging.getLogger("simsr.files")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -60,7 +58,7 @@ class File(Protocol):
     def pread(self, view: memoryview, offset: int) -> None: ...
     def pread_disk(self, view: memoryview, offset: int) -> None: ...
     def read_cached(self, view: memoryview, offset: int) -> bool: ...
-    def in_memory(self) -> memoryview | None: ...
+    def in_memory(self) -> memoryview: ...
     def will_need(self, offset: int, length: int) -> None: ...
     def area(self, offset: int, length: int) -> Area: ...
     def datasync(self) -> None: ...
@@ -104,7 +102,6 @@ class DiskFile:
     """`File` over a descriptor."""
 
     def __init__(self, path: str, flags: int) -> None:
-        self._path = path
         self._fd = os.open(path, flags | os.O_RDWR | os.O_CLOEXEC, 0o600)
         self.size_bytes = os.fstat(self._fd).st_size
 
@@ -155,13 +152,12 @@ class DiskFile:
                 return False
             raise
 
-    def in_memory(self) -> memoryview | None:
+    def in_memory(self) -> memoryview:
         """Blocks until all of it has been read. If somebody else cuts the file short then, whoever looks at the view dies by SIGBUS."""
         view = memoryview(mmap.mmap(self._fd, self.size_bytes, mmap.MAP_SHARED, mmap.PROT_READ))
         address = np.frombuffer(view, dtype=np.uint8).ctypes.data
         if _libc.mlock(ctypes.c_void_p(address), ctypes.c_size_t(self.size_bytes)):
-            log.info("not kept in memory: %s: %s (ulimit -l, CAP_IPC_LOCK)", self._path, os.strerror(ctypes.get_errno()))
-            return None
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
         return view
 
     def will_need(self, offset: int, length: int) -> None:

@@ -89,7 +89,7 @@ class HotSegments:
         return None, released
 
     def keep(self, segment: Segment, memory: memoryview | None) -> None:
-        """What `File.in_memory` has given for the segment of `next`. None: it cannot be kept, and no more are asked for than are kept now."""
+        """What `File.in_memory` has given for the segment of `next`. None: nothing, and no more are asked for than are kept now."""
         if memory is None:
             self._memory.used_bytes -= self._bytes
             self._memory.limit_bytes = self._memory.used_bytes

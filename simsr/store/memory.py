@@ -95,7 +95,7 @@ class MemoryFile:
         self.pread(view, offset)
         return True
 
-    def in_memory(self) -> memoryview | None:
+    def in_memory(self) -> memoryview:
         return memoryview(self._disk.now).toreadonly()
 
     def will_need(self, offset: int, length: int) -> None:
