@@ -126,7 +126,7 @@ class SrOut(BaseModel):
     path: str
     limit_bytes: int | None
     personality: str
-    verify_reads: bool = Field(description="whether reads from memory are verified; those from the disk always are")
+    verify_reads: bool = Field(description="whether reads from memory are verified (in hot segments once); those from the disk always are")
     tips_max: int
     tips_hours: int
     expose_tips: bool

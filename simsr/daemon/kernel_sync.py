@@ -42,8 +42,12 @@ class KernelSync:
             raise OSError(f"the numbers of the system calls on {platform.machine()} are not known")
         self._setup, self._destroy, self._getevents, self._submit = _CALLS[platform.machine()]
         self._context = ctypes.c_ulong(0)
-        _call(self._setup, ctypes.c_uint(1), ctypes.byref(self._context))
         self._ended_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        try:
+            _call(self._setup, ctypes.c_uint(1), ctypes.byref(self._context))
+        except OSError:
+            os.close(self._ended_fd)
+            raise
         self._request = ctypes.create_string_buffer(_IOCB.size)
         self._requests = (ctypes.c_void_p * 1)(ctypes.addressof(self._request))
         self._event = ctypes.create_string_buffer(_EVENT.size)

@@ -184,7 +184,10 @@ async def _serve(arguments: argparse.Namespace) -> None:
     control_fd, passed = _sort_passed(listen_fds())
     if control_fd is not None and arguments.socket:
         raise BadRequest(what="--socket", reason="systemd passed the control socket already")
-    host = Host(arguments.root, arguments.nbd_socket, _map_memory(arguments.map_memory), hot_memory_bytes=_hot_memory(arguments.hot_memory), **_nbd_options(arguments))
+    host = Host(
+        arguments.root, arguments.nbd_socket, _map_memory(arguments.map_memory), hot_memory_bytes=_hot_memory(arguments.hot_memory),
+        **_nbd_options(arguments),
+    )  # fmt: skip
     https = https_from(arguments)
     host.prepare()
     control = None if control_fd is not None else os.path.abspath(arguments.socket or os.path.join(host.root, "control.sock"))

@@ -217,7 +217,8 @@ class Upkeep:
                 elif timeout.cancelled_caught or cool_at == math.inf:
                     cool_at = trio.current_time() + PERIOD_S
         finally:
-            self.hot.let_go()
+            with trio.CancelScope(shield=True):
+                await self._release(self.hot.let_go())
 
     async def _warm_up(self) -> None:
         while True:

@@ -60,7 +60,7 @@ class HotSegments:
         self._blocks, self._bytes = pool.geometry.segment_blocks, pool.geometry.segment_bytes
         self._wanted: dict[Segment, None] = {}
         self.kept: dict[Segment, None] = {}
-        pool.on_gone = lambda segment: self._let_go(segment).release()
+        pool.on_gone = self._forget
         if memory.limit_bytes >= self._bytes:
             pool.on_warm, pool.warm_at = self._warm, self._blocks // 4
 
@@ -113,9 +113,12 @@ class HotSegments:
 
     def _let_go(self, segment: Segment) -> memoryview:
         memory, segment.memory, segment.reads = segment.memory, None, 0
+        self._forget(segment)
+        return memory
+
+    def _forget(self, segment: Segment) -> None:
         del self.kept[segment]
         self._memory.used_bytes -= self._bytes
-        return memory
 
     def statistics(self) -> dict[str, int]:
         return {"hot_segments": len(self.kept), "hot_bytes": len(self.kept) * self._bytes}

@@ -248,6 +248,8 @@ class SegmentPool:
 
     def unlink(self, segment: Segment) -> None:
         """Remove the file of a segment that `take_spare_away` gave. Blocks."""
+        if segment.memory is not None:
+            segment.memory.release()  # or the file would keep its space
         segment.file.close()
         self._directory.remove(segment_name(segment.slot))
         self._making.discard(segment.slot)

@@ -122,6 +122,14 @@ async def test_reads_and_writes(tls, pki, style, where):
     assert not any(reply.error for reply in await client.replies(cookies))
 
 
+@STYLES
+async def test_what_is_lent_is_encrypted_whole(tls, pki, style):
+    tls.disk.lends = True
+    client = await begin(await connect_tls(tls.required, client_context(pki, "alice"), **style), style=style)
+    assert (await client.call(READ, 4 * KIB, 256 * KIB)).data == pattern(4 * KIB, 256 * KIB)
+    assert any(what[0] == "lend" for what in tls.disk.log)
+
+
 async def test_a_plain_client_where_tls_is_only_offered(tls):
     client = await Client.connect(tls.offered, "disk")
     assert (await client.call(READ, 0, 4096)).data == pattern(0, 4096)

